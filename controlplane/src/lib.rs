@@ -1,0 +1,1 @@
+//! Sessions, negotiation, the tensor store and the genie binary.

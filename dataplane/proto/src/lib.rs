@@ -1,0 +1,1 @@
+//! The wire protocol of the DPDK path as a sans-IO state machine.

@@ -1,0 +1,1 @@
+//! Engines that move tensor bytes between machines.

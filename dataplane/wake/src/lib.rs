@@ -1,0 +1,1 @@
+//! The sleep and wake-up handshake between two threads that share a ring.

@@ -1,0 +1,1 @@
+//! The safe DPDK layer behind a narrow C ABI, loaded at run time.

@@ -1,0 +1,1 @@
+//! Raw bindings to DPDK and the C shim over its inline functions.

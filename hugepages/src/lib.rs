@@ -1,0 +1,1 @@
+//! Survey and reservation of huge pages.
