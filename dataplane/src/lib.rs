@@ -1,1 +1,19 @@
 //! Engines that move tensor bytes between machines.
+//!
+//! The way a tensor takes, in reading order: [`endpoint`] (the API),
+//! [`engine`] (one thread that owns one queue pair), `genie_proto::connection`
+//! and `genie_proto::wire` (the protocol), [`device`] and [`dpdk`] (the queue).
+//! [`tcp`] is the engine for hosts and peers without DPDK. [`memory`] says
+//! where bytes live and keeps them there while anyone may touch them.
+
+#![deny(unsafe_code)]
+
+pub mod device;
+pub mod dpdk;
+pub mod endpoint;
+pub mod engine;
+pub mod ledger;
+pub mod memory;
+pub mod tcp;
+
+pub use genie_proto::{Digest, SessionId, TransferId};

@@ -1,0 +1,153 @@
+//! A device: one queue pair that carries Ethernet frames.
+//!
+//! The UDP engine drives it from one thread. Implemented by [`crate::dpdk`]
+//! over the driver library, by [`pair`] in memory, and by [`fault`] around any
+//! other. The invariant: *a device holds a lease on the memory of every frame
+//! that it has not finished sending*.
+
+#![forbid(unsafe_code)]
+
+pub mod fault;
+pub mod pair;
+
+use arrayvec::ArrayVec;
+use serde::{Deserialize, Serialize};
+
+use crate::ledger::Copies;
+use crate::memory::{Lease, View};
+
+/// Room for all headers of a frame, or for a whole frame of the protocol that
+/// carries no tensor bytes: Ethernet, IPv6, UDP and 512 bytes of Genie's own.
+pub const HEAD_MAX: usize = 640;
+
+/// The most frames moved by one call.
+pub const BURST_MAX: usize = 32;
+
+/// Tensor memory that frames may refer to; valid on the device that gave it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Attachment(pub u32);
+
+/// A frame to be sent: bytes of its own, then optionally bytes of a tensor.
+#[derive(Clone, Debug, Default)]
+pub struct TxFrame {
+    /// Everything from the Ethernet header to the end of Genie's own bytes.
+    pub head: ArrayVec<u8, HEAD_MAX>,
+    /// Tensor bytes that follow the head.
+    pub payload: Option<Payload>,
+}
+
+/// A slice of attached memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Payload {
+    /// Which memory.
+    pub attachment: Attachment,
+    /// Offset in the attached lease, in bytes.
+    pub offset: u64,
+    /// Length in bytes.
+    pub len: u32,
+}
+
+impl TxFrame {
+    /// Length on the wire in bytes, without the frame check sequence.
+    pub fn len(&self) -> usize {
+        self.head.len() + self.payload.map_or(0, |payload| payload.len as usize)
+    }
+
+    /// Whether there is nothing to send.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+/// What a device can do; read at start and obeyed.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Capabilities {
+    /// The driver's name, such as `net_vhost`; ends up in `path`.
+    pub driver: String,
+    /// The port's own Ethernet address.
+    pub mac: [u8; 6],
+    /// Largest IP packet in bytes.
+    pub mtu: u16,
+    /// Whether frames can refer to attached memory; where not, the device
+    /// copies the payload behind the head and counts it.
+    pub tx_external: bool,
+    /// Whether the device fills in UDP checksums when asked to.
+    pub tx_udp_checksum: bool,
+    /// Whether an idle engine can sleep until a frame arrives.
+    pub rx_interrupt: bool,
+    /// Whether the driver copies frames with the CPU on transmission.
+    pub driver_copies_tx: bool,
+    /// Whether the driver copies frames with the CPU on reception.
+    pub driver_copies_rx: bool,
+    /// Length of the receive ring in frames: what a sender may have in flight.
+    pub rx_descriptors: u16,
+    /// Length of the transmit ring in frames.
+    pub tx_descriptors: u16,
+}
+
+/// The port's own counters, not the engine's.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Counters {
+    /// Frames received.
+    pub rx_frames: u64,
+    /// Bytes received.
+    pub rx_bytes: u64,
+    /// Frames lost because no buffer or descriptor was free.
+    pub rx_missed: u64,
+    /// Frames sent.
+    pub tx_frames: u64,
+    /// Bytes sent.
+    pub tx_bytes: u64,
+    /// Frames the port refused or failed to send.
+    pub tx_errors: u64,
+}
+
+/// Why memory could not be attached.
+#[derive(Debug, thiserror::Error)]
+pub enum AttachError {
+    /// The table of attachments is full; detach one first.
+    #[error("no room for another attachment")]
+    Full,
+    /// The device cannot reach this memory.
+    #[error("the device cannot reach this memory: {0}")]
+    Unreachable(String),
+}
+
+/// One queue pair. May only be used from one thread, which owns it.
+pub trait Device {
+    /// What the device can do; does not change while it is open.
+    fn capabilities(&self) -> &Capabilities;
+
+    /// Receives up to [`BURST_MAX`] frames and shows each to `on_frame`.
+    ///
+    /// A frame is given back to the device when `on_frame` returns. Returns the
+    /// number of frames.
+    fn rx_burst(&mut self, on_frame: &mut dyn FnMut(View<'_>)) -> usize;
+
+    /// Queues frames for sending; returns how many of the first ones were taken.
+    ///
+    /// The rest stays the caller's. A frame whose payload names memory that is
+    /// not attached, or that lies outside it, is a bug of the caller's: it is
+    /// taken, dropped and counted in `tx_errors`.
+    fn tx_burst(&mut self, frames: &[TxFrame]) -> usize;
+
+    /// Lets frames refer to `lease`; the device holds it until [`Device::detach`].
+    fn attach(&mut self, lease: Lease) -> Result<Attachment, AttachError>;
+
+    /// Gives up the device's lease once no unsent frame refers to it.
+    ///
+    /// Returns `false` while one does; call again after [`Device::reap`].
+    fn detach(&mut self, attachment: Attachment) -> bool;
+
+    /// Collects frames that were sent, also on a queue that is otherwise idle.
+    fn reap(&mut self);
+
+    /// The port's own counters.
+    fn counters(&self) -> Counters;
+
+    /// What CPUs copied on behalf of this device so far.
+    fn copies(&self) -> Copies;
+
+    /// Whether the other end of the link is there, as far as the device knows.
+    fn link_up(&self) -> bool;
+}

@@ -1,0 +1,238 @@
+//! Leases: a transfer's hold on a slice of a region.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use super::{Region, View};
+
+/// A hold on a slice of a region; the bytes cannot be freed before it is dropped.
+///
+/// Cloning makes another hold on the same slice. Reading and writing copy
+/// through raw pointers: another process may change the bytes at any time.
+#[derive(Clone, Debug)]
+pub struct Lease {
+    region: Arc<Region>,
+    offset: usize,
+    len: usize,
+}
+
+/// A slice that is not inside its region.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+#[error("bytes {offset}..{offset}+{len} lie outside a region of {region_len} bytes")]
+pub struct OutOfBounds {
+    /// Start of the slice.
+    pub offset: u64,
+    /// Length of the slice.
+    pub len: u64,
+    /// Length of the region.
+    pub region_len: u64,
+}
+
+impl Lease {
+    /// Takes a hold on `len` bytes at `offset` of `region`.
+    pub fn new(region: Arc<Region>, offset: u64, len: u64) -> Result<Self, OutOfBounds> {
+        let region_len = region.len() as u64;
+        match offset.checked_add(len) {
+            Some(end) if end <= region_len => {
+                Ok(Self { region, offset: offset as usize, len: len as usize })
+            }
+            _ => Err(OutOfBounds { offset, len, region_len }),
+        }
+    }
+
+    /// Takes a hold on all of `region`.
+    pub fn whole(region: Arc<Region>) -> Self {
+        let len = region.len();
+        Self { region, offset: 0, len }
+    }
+
+    /// Length in bytes.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether the slice has no bytes, as a zero-element tensor has.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// The region the slice lies in.
+    pub fn region(&self) -> &Arc<Region> {
+        &self.region
+    }
+
+    /// Offset of the slice in its region, in bytes.
+    pub fn offset(&self) -> usize {
+        self.offset
+    }
+
+    /// A hold on a part of this slice.
+    pub fn slice(&self, range: Range<u64>) -> Result<Lease, OutOfBounds> {
+        let inside = range.start <= range.end && range.end <= self.len as u64;
+        if !inside {
+            return Err(OutOfBounds {
+                offset: range.start,
+                len: range.end.saturating_sub(range.start),
+                region_len: self.len as u64,
+            });
+        }
+        Ok(Lease {
+            region: Arc::clone(&self.region),
+            offset: self.offset + range.start as usize,
+            len: (range.end - range.start) as usize,
+        })
+    }
+
+    /// The address of the first byte, for calls into a device or the kernel.
+    ///
+    /// Valid for as long as this lease or a clone of it lives.
+    pub fn as_ptr(&self) -> *mut u8 {
+        // SAFETY: offset <= region.len() since `new`, so this stays in the mapping.
+        unsafe { self.region.as_ptr().add(self.offset) }
+    }
+
+    /// The bytes in `range` as a view; `None` where that lies outside.
+    pub fn view(&self, range: Range<usize>) -> Option<View<'_>> {
+        // SAFETY: the slice is mapped and readable while `self` is borrowed.
+        let all = unsafe { View::from_raw(self.as_ptr(), self.len) };
+        all.slice(range)
+    }
+
+    /// Writes `bytes` at `offset`.
+    ///
+    /// # Panics
+    /// If they do not fit: the caller checked bounds against its grant.
+    pub fn write_at(&self, offset: usize, bytes: View<'_>) {
+        let to = self.target(offset, bytes.len());
+        // SAFETY: `target` checked that the bytes fit. The source may lie in
+        // the same region (a copy within an arena), so the ranges may overlap.
+        unsafe { std::ptr::copy(bytes.as_ptr(), to, bytes.len()) };
+    }
+
+    /// Writes `bytes` at `offset` and returns the CRC32C of what was written.
+    ///
+    /// Copy and checksum take turns over blocks that stay in the first-level
+    /// cache, so that the payload comes from memory once. The CRC is of the
+    /// destination: a source that another process changes in between does not
+    /// pass as verified.
+    ///
+    /// # Panics
+    /// If they do not fit: the caller checked bounds against its grant.
+    pub fn place(&self, offset: usize, bytes: View<'_>) -> u32 {
+        let len = bytes.len();
+        let mut to = self.target(offset, len);
+        let mut from = bytes.as_ptr();
+        let (mut left, mut crc) = (len, 0);
+        while left > 0 {
+            let block = left.min(CACHE_BLOCK);
+            // SAFETY: `target` checked all `len` bytes; `from` and `to` are
+            // advanced by the same amounts, which sum up to `len`.
+            unsafe { std::ptr::copy(from, to, block) };
+            // SAFETY: these bytes were just written and stay mapped; the
+            // slice lives only for this call. See `crc_of` on other writers.
+            crc = unsafe { crc_of(crc, to, block) };
+            // SAFETY: still inside, or one past the end of, the source.
+            from = unsafe { from.add(block) };
+            // SAFETY: still inside, or one past the end of, the destination.
+            to = unsafe { to.add(block) };
+            left -= block;
+        }
+        crc
+    }
+
+    /// CRC32C of the bytes in `range`.
+    ///
+    /// # Panics
+    /// If the range lies outside: the caller cut it from its own transfer.
+    pub fn crc32c(&self, range: Range<usize>) -> u32 {
+        let len = range.end.saturating_sub(range.start);
+        // SAFETY: `target` checked the bounds.
+        unsafe { crc_of(0, self.target(range.start, len), len) }
+    }
+
+    /// Copies the bytes at `offset` into `into`.
+    ///
+    /// # Panics
+    /// If the range lies outside: the caller cut it from its own transfer.
+    pub fn read_at(&self, offset: usize, into: &mut [u8]) {
+        let from = self.target(offset, into.len());
+        // SAFETY: `target` checked the bounds, and `into` is ours alone.
+        unsafe { std::ptr::copy_nonoverlapping(from, into.as_mut_ptr(), into.len()) };
+    }
+
+    fn target(&self, offset: usize, len: usize) -> *mut u8 {
+        let fits = offset.checked_add(len).is_some_and(|end| end <= self.len);
+        assert!(fits, "{len} bytes at {offset} lie outside a lease of {} bytes", self.len);
+        // SAFETY: offset <= self.len, which lies in the mapping.
+        unsafe { self.as_ptr().add(offset) }
+    }
+}
+
+/// Copy and checksum alternate over blocks of this size; about 3 KB measured
+/// best on the reference machine (4.3 GB/s per word, 7.3–7.9 per block).
+const CACHE_BLOCK: usize = 3072;
+
+/// Continues `crc` over raw memory.
+///
+/// # Safety
+/// `len` bytes at `at` must be mapped and readable during the call.
+unsafe fn crc_of(crc: u32, at: *const u8, len: usize) -> u32 {
+    // SAFETY: readable by the caller's promise. The slice exists only inside
+    // this call; `crc32c` reads each byte with loads that have no other use,
+    // so bytes that another process changes meanwhile can only make the
+    // checksum differ, which the protocol treats as a lost segment.
+    let bytes = unsafe { std::slice::from_raw_parts(at, len) };
+    crc32c::crc32c_append(crc, bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory::Backing;
+
+    fn region(len: usize) -> Arc<Region> {
+        Region::with_backing(len, Backing::Shmem).unwrap()
+    }
+
+    #[test]
+    fn bounds_are_checked_without_wrapping() {
+        let region = region(4096);
+        assert!(Lease::new(Arc::clone(&region), 4000, 97).is_err());
+        assert!(Lease::new(Arc::clone(&region), u64::MAX, 2).is_err());
+        let lease = Lease::new(region, 4000, 96).unwrap();
+        assert!(lease.slice(0..97).is_err());
+        assert_eq!(lease.slice(90..96).unwrap().offset(), 4090);
+        assert!(lease.view(0..97).is_none());
+    }
+
+    #[test]
+    #[should_panic(expected = "outside a lease")]
+    fn a_write_outside_panics_before_it_writes() {
+        let lease = Lease::new(region(4096), 0, 10).unwrap();
+        lease.write_at(8, View::from(&[0u8; 3][..]));
+    }
+
+    #[test]
+    fn place_returns_the_crc_of_what_it_wrote() {
+        let lease = Lease::whole(region(16384));
+        let bytes: Vec<u8> = (0..10_000u32).map(|i| (i * 7) as u8).collect();
+        let crc = lease.place(100, View::from(&bytes[..]));
+        assert_eq!(crc, crc32c::crc32c(&bytes));
+        assert_eq!(crc, lease.crc32c(100..10_100));
+        let mut back = vec![0; bytes.len()];
+        lease.read_at(100, &mut back);
+        assert_eq!(back, bytes);
+    }
+
+    #[test]
+    fn a_lease_keeps_the_region() {
+        let region = region(4096);
+        let weak = Arc::downgrade(&region);
+        let lease = Lease::whole(region);
+        let part = lease.slice(0..1).unwrap();
+        drop(lease);
+        assert!(weak.upgrade().is_some());
+        drop(part);
+        assert!(weak.upgrade().is_none());
+    }
+}
