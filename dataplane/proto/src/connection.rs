@@ -1,0 +1,343 @@
+//! The state machine of one session on one path.
+//!
+//! An engine owns it and drives it: datagrams and time go in, datagrams and
+//! events come out. Its invariants: every transfer accepted ends in exactly one
+//! event; a destination is written only inside its grant, only where nothing
+//! verified is yet; nothing waits for ever on a peer that is silent.
+//!
+//! Everything but DATA's bytes is small and reliable: DATA, DONE, DONE_ACK,
+//! PROBE, PROBE_ACK and the RESET of a transfer ask for an acknowledgement, and
+//! what a lost packet carried is sent again under a new number. So there is one
+//! timer for all of it, and no message needs one of its own.
+
+use std::collections::VecDeque;
+
+use arrayvec::ArrayVec;
+
+use crate::congestion::Controller;
+use crate::id::{Segment, SessionId, TransferId};
+use crate::time::Time;
+use crate::transfer::LEN_MAX;
+use crate::wire::{CONTROL_MAX, DoneAck, HEADER_LEN, Scope};
+
+mod config;
+mod event;
+mod inbound;
+mod outbound;
+mod received;
+mod receiving;
+mod rtt;
+mod sending;
+mod sent;
+mod stats;
+mod timeout;
+
+pub use config::Config;
+pub use event::{CloseReason, Event, FailReason, PathLostReason, Violation};
+pub use stats::{DropCause, Retransmits, Stats};
+
+use event::code;
+use received::Received;
+use receiving::Receiving;
+use rtt::Rtt;
+use sending::Sending;
+use sent::{LossCause, SentPacket, SentPackets};
+
+/// Probes outstanding at a time that an answer is matched to.
+const PROBES_MAX: usize = 4;
+
+/// One end of a session on one path.
+///
+/// May be moved between threads, and is used by one at a time.
+#[derive(Debug)]
+pub struct Connection {
+    config: Config,
+    local: SessionId,
+    remote: SessionId,
+    state: State,
+    receiving: Receiving,
+    sending: Sending,
+    received: Received,
+    sent: SentPackets,
+    rtt: Rtt,
+    controller: Box<dyn Controller>,
+    /// Packets the peer lets us have in flight, and the number of the ACK that said so.
+    credit: u32,
+    credit_from: u64,
+    /// The window or the credit kept us from sending since the last ACK.
+    limited: bool,
+    controls: VecDeque<Control>,
+    /// A probe goes before them.
+    probe_due: bool,
+    /// Packets that may be sent beyond the window: probe timeouts and liveness.
+    extra: u32,
+    pto_count: u32,
+    probes: ArrayVec<(u64, Time), PROBES_MAX>,
+    /// The application waits for a probe's answer.
+    probe_wanted: bool,
+    tokens: u64,
+    /// When the peer was last heard, or something began to be under way. None
+    /// while nothing is.
+    alive: Option<Time>,
+    events: VecDeque<Event>,
+    stats: Stats,
+    /// Kept for their capacity.
+    acked: Vec<SentPacket>,
+    lost: Vec<(SentPacket, LossCause)>,
+}
+
+/// ```text
+/// Open ─close, violation─→ Closed (tells the peer, again when it goes on)
+///   ├──RESET of the session──────→ Quiet
+///   └──path lost─────────────────→ Quiet
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    Open,
+    /// `due`: a RESET is to be sent; `heard`: datagrams that came since.
+    Closed {
+        code: u16,
+        due: bool,
+        heard: u64,
+    },
+    Quiet,
+}
+
+/// A message that is sent until it is acknowledged.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Control {
+    Done(TransferId),
+    DoneAck(TransferId, DoneAck),
+    Reset(TransferId, Scope, u16),
+    Probe,
+    ProbeAck(u64),
+}
+
+/// A datagram to send: the bytes of `head`, then those of `payload`.
+#[derive(Clone, Debug)]
+pub struct Transmit {
+    /// A header, and the whole payload of a control packet.
+    pub head: ArrayVec<u8, { HEADER_LEN + CONTROL_MAX }>,
+    /// The part of the source that follows, to be sent from where it lies.
+    pub payload: Option<Segment>,
+}
+
+/// Why a transfer cannot be begun.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum TransferError {
+    /// The session is over.
+    #[error("the session is over")]
+    Closed,
+    /// The slot number is too large for [`Config::slots_max`].
+    #[error("slot {slot} is not below {slots_max}")]
+    SlotOutOfRange {
+        /// The slot.
+        slot: u32,
+        /// The limit.
+        slots_max: u32,
+    },
+    /// The slot's transfer is not over.
+    #[error("slot {} is in use", .0.slot)]
+    SlotBusy(TransferId),
+    /// The slot was used under this generation or a later one.
+    #[error("slot {} was used under generation {last}, {} is not later", .id.slot, .id.generation)]
+    StaleGeneration {
+        /// What was asked for.
+        id: TransferId,
+        /// The generation used last.
+        last: u32,
+    },
+    /// Longer than [`LEN_MAX`] or than memory for its bitmap.
+    #[error("a transfer of {0} bytes is too long (limit {LEN_MAX}, or memory)")]
+    TooLong(u64),
+}
+
+impl Connection {
+    /// A connection whose peer calls the session `remote` and is to call it `local`.
+    pub fn new(config: Config, local: SessionId, remote: SessionId, _now: Time) -> Self {
+        let packet_bytes = u64::from(config.datagram_max.max(Config::DATAGRAM_MIN));
+        Self {
+            local,
+            remote,
+            state: State::Open,
+            receiving: Receiving::default(),
+            sending: Sending::default(),
+            received: Received::new(config.ack_every, config.ack_delay_max),
+            sent: SentPackets::default(),
+            rtt: Rtt::new(&config),
+            controller: config.congestion.build(packet_bytes),
+            credit: config.remote_credit,
+            credit_from: 0,
+            limited: false,
+            controls: VecDeque::new(),
+            probe_due: false,
+            extra: 0,
+            pto_count: 0,
+            probes: ArrayVec::new(),
+            probe_wanted: false,
+            tokens: config.seed,
+            alive: None,
+            events: VecDeque::new(),
+            stats: Stats::default(),
+            acked: Vec::new(),
+            lost: Vec::new(),
+            config,
+        }
+    }
+
+    /// The id that the peer puts into its packets.
+    pub fn local(&self) -> SessionId {
+        self.local
+    }
+
+    /// Expects a transfer of exactly `len` bytes, before the peer learns of `id`:
+    /// data that comes earlier is dropped and has to be sent again.
+    pub fn receive(&mut self, id: TransferId, len: u64) -> Result<(), TransferError> {
+        self.check_open()?;
+        self.receiving.grant(id, len, self.config.slots_max)
+    }
+
+    /// Sends a transfer of exactly `len` bytes that the peer granted as `id`.
+    pub fn send(&mut self, id: TransferId, len: u64) -> Result<(), TransferError> {
+        self.check_open()?;
+        let replaced = self.sending.begin(id, len, self.config.slots_max)?;
+        self.events.extend(replaced);
+        Ok(())
+    }
+
+    /// Gives a transfer up, if it is under way: it fails as
+    /// [`FailReason::Cancelled`], and the peer is told. `outgoing`: one that we send.
+    ///
+    /// After this the engine may free its memory: nothing is placed there any more.
+    pub fn cancel(&mut self, id: TransferId, outgoing: bool) {
+        self.abandon(id, outgoing, FailReason::Cancelled, Some(code::CANCELLED));
+    }
+
+    /// Ends the session: its transfers fail as [`FailReason::Closed`], and the
+    /// peer is told, once, and again when it goes on. `reason` is the
+    /// application's and reaches the peer as [`CloseReason::Peer`].
+    pub fn close(&mut self, reason: u16) {
+        self.shut(
+            FailReason::Closed,
+            Event::Closed {
+                reason: CloseReason::Local(reason),
+            },
+        );
+        self.tell_closed(reason);
+    }
+
+    /// Asks the peer for a sign of life; its answer is [`Event::PathValidated`].
+    pub fn probe(&mut self, now: Time) {
+        if self.state == State::Open {
+            self.probe_wanted = true;
+            self.alive.get_or_insert(now);
+            self.queue_probe();
+        }
+    }
+
+    /// The next event; drain it after each call that takes something in.
+    pub fn poll_event(&mut self) -> Option<Event> {
+        self.events.pop_front()
+    }
+
+    /// Whether the connection is over: no transfer is, or can be, under way.
+    /// What [`Connection::poll_transmit`] still gives tells the peer.
+    pub fn is_closed(&self) -> bool {
+        self.state != State::Open
+    }
+
+    /// Whether nothing is under way: no transfer, no unacknowledged packet.
+    pub fn is_idle(&self) -> bool {
+        !self.is_busy()
+    }
+
+    /// The counters.
+    pub fn stats(&self) -> Stats {
+        Stats {
+            rtt: self.rtt.smoothed(),
+            rtt_min: self.rtt.min(),
+            window_bytes: self.controller.window_bytes(),
+            in_flight_bytes: self.sent.in_flight_bytes(),
+            transfers: self.receiving.active() + self.sending.active(),
+            ..self.stats.clone()
+        }
+    }
+
+    fn check_open(&self) -> Result<(), TransferError> {
+        if self.state == State::Open {
+            Ok(())
+        } else {
+            Err(TransferError::Closed)
+        }
+    }
+
+    /// Whether an answer of the peer's is awaited.
+    fn is_busy(&self) -> bool {
+        self.state == State::Open
+            && (self.receiving.active() > 0
+                || self.sending.active() > 0
+                || self.sent.in_flight() > 0
+                || self.probe_wanted
+                || self.probe_due
+                || !self.controls.is_empty())
+    }
+
+    fn queue_probe(&mut self) {
+        self.probe_due = true;
+        self.extra = self.extra.max(1);
+    }
+
+    /// Fails a transfer that is under way, telling the peer with code `tell`.
+    fn abandon(&mut self, id: TransferId, outgoing: bool, reason: FailReason, tell: Option<u16>) {
+        let (event, scope) = if outgoing {
+            (self.sending.abandon(id, reason), Scope::FromMe)
+        } else {
+            (self.receiving.end(id, Err(reason)), Scope::ToMe)
+        };
+        let Some(event) = event else { return };
+        self.events.push_back(event);
+        if let Some(code) = tell {
+            self.controls.push_back(Control::Reset(id, scope, code));
+        }
+    }
+
+    /// Ends the connection with `last` as its last event.
+    fn shut(&mut self, reason: FailReason, last: Event) {
+        if self.state != State::Open {
+            return;
+        }
+        self.state = State::Quiet;
+        self.events.extend(self.sending.fail_all(reason));
+        self.events.extend(self.receiving.fail_all(reason));
+        self.events.push_back(last);
+        self.controls.clear();
+        self.alive = None;
+    }
+
+    /// Has the peer told of an end that it does not know of.
+    fn tell_closed(&mut self, code: u16) {
+        self.state = State::Closed {
+            code,
+            due: true,
+            heard: 0,
+        };
+    }
+
+    fn violate(&mut self, violation: Violation) {
+        let reason = CloseReason::Violation(violation);
+        self.shut(FailReason::Closed, Event::Closed { reason });
+        self.tell_closed(code::VIOLATION);
+    }
+
+    fn count_drop(&mut self, cause: DropCause) {
+        self.stats.drops[cause as usize] += 1;
+    }
+}
+
+fn events_of(transfer: TransferId, outgoing: bool, reason: FailReason) -> Event {
+    Event::Failed {
+        transfer,
+        outgoing,
+        reason,
+    }
+}

@@ -1,0 +1,272 @@
+//! Datagrams that arrive.
+
+use super::event::{CloseReason, Event, FailReason, Violation, code};
+use super::receiving::{Claim, Verdict};
+use super::sending::Judgement;
+use super::sent::Content;
+use super::{Connection, Control, DropCause, State};
+use crate::id::{Segment, TransferId};
+use crate::time::Time;
+use crate::wire::{
+    self, Ack, Body, Done, DoneAck, FLAG_FIN, HEADER_LEN, Header, Kind, ParseError, Reset, Scope,
+};
+
+use std::time::Duration;
+
+impl Connection {
+    /// Takes a datagram in whose UDP payload is `datagram_len` bytes long and
+    /// begins with `head`: at least its header for DATA, all of it else.
+    ///
+    /// For data that is expected and not there yet, `place` is called once; it
+    /// copies the datagram's bytes after the header to where the segment belongs
+    /// and returns the CRC32C of what it *wrote*. Only if that is the sender's
+    /// are the bytes taken for delivered. Whatever is wrong with a datagram, it
+    /// is dropped and counted.
+    pub fn handle_datagram(
+        &mut self,
+        now: Time,
+        head: &[u8],
+        datagram_len: usize,
+        place: impl FnOnce(Segment) -> u32,
+    ) {
+        if let Err(cause) = self.try_handle(now, head, datagram_len, place) {
+            self.count_drop(cause);
+        }
+    }
+
+    fn try_handle(
+        &mut self,
+        now: Time,
+        head: &[u8],
+        datagram_len: usize,
+        place: impl FnOnce(Segment) -> u32,
+    ) -> Result<(), DropCause> {
+        let (header, payload_crc) = Header::parse(head, datagram_len)?;
+        if header.session != self.local {
+            return Err(DropCause::Session);
+        }
+        if header.path != self.config.path {
+            return Err(DropCause::Path);
+        }
+        if self.state != State::Open {
+            self.handle_when_closed(header.kind);
+            return Err(DropCause::Closed);
+        }
+        if self.received.contains(header.packet_number) {
+            return Err(DropCause::DuplicatePacket);
+        }
+        if header.kind == Kind::Data {
+            self.handle_data(header, payload_crc, head, datagram_len, place)?;
+        } else {
+            let payload = head
+                .get(HEADER_LEN..datagram_len)
+                .ok_or(DropCause::Length)?;
+            if wire::crc(payload) != payload_crc {
+                return Err(DropCause::PayloadCheck);
+            }
+            let body = Body::parse(header.kind, payload)?;
+            self.handle_control(now, header, body)?;
+        }
+        self.stats.packets_received += 1;
+        if let Some(alive) = &mut self.alive {
+            *alive = now;
+        }
+        let eliciting = header.kind != Kind::Ack;
+        self.received
+            .record(now, header.packet_number, header.timestamp, eliciting);
+        Ok(())
+    }
+
+    fn handle_data(
+        &mut self,
+        header: Header,
+        payload_crc: u32,
+        head: &[u8],
+        datagram_len: usize,
+        place: impl FnOnce(Segment) -> u32,
+    ) -> Result<(), DropCause> {
+        let (transfer, offset, len) = (header.transfer, header.offset, header.payload_len);
+        let fin = header.flags & FLAG_FIN != 0;
+        let claim = Claim {
+            transfer,
+            offset,
+            len: u64::from(len),
+            fin,
+        };
+        match self.receiving.check(claim) {
+            Verdict::Place => {
+                let crc = place(Segment {
+                    transfer,
+                    offset,
+                    len: u32::from(len),
+                });
+                if crc != payload_crc {
+                    return Err(DropCause::PayloadCheck);
+                }
+                self.receiving.apply(claim, crc);
+                self.stats.bytes_received += u64::from(len);
+            }
+            Verdict::AckOnly => {
+                // Nothing will be written, so the payload is not read; but where
+                // it is at hand its check also vouches for the header: a packet
+                // number that was corrupted must not be acknowledged.
+                if let Some(payload) = head.get(HEADER_LEN..datagram_len)
+                    && wire::crc(payload) != payload_crc
+                {
+                    return Err(DropCause::PayloadCheck);
+                }
+                self.stats.duplicate_segments += 1;
+            }
+            Verdict::Drop(cause) => {
+                if matches!(cause, DropCause::LengthMismatch | DropCause::OutOfBounds)
+                    && self.receiving.strike(transfer)
+                {
+                    let reason = FailReason::LengthMismatch;
+                    self.abandon(transfer, false, reason, Some(code::LENGTH_MISMATCH));
+                }
+                return Err(cause);
+            }
+        }
+        if self.receiving.take_complete(transfer) {
+            self.controls.push_back(Control::Done(transfer));
+        }
+        Ok(())
+    }
+
+    fn handle_control(&mut self, now: Time, header: Header, body: Body) -> Result<(), DropCause> {
+        match body {
+            Body::Ack(ack) => self.handle_ack(now, header.packet_number, &ack),
+            Body::Done(done) => self.handle_done(header.transfer, done)?,
+            Body::DoneAck(answer) => self.handle_done_ack(header.transfer, answer),
+            Body::Probe(probe) => self.reply(Control::ProbeAck(probe.token))?,
+            Body::ProbeAck(answer) => self.handle_probe_ack(now, answer.token),
+            Body::Reset(reset) => self.handle_reset(header.transfer, reset),
+        }
+        Ok(())
+    }
+
+    fn handle_ack(&mut self, now: Time, number: u64, ack: &Ack) {
+        let largest = ack.largest();
+        if largest >= self.sent.next_number() {
+            return self.violate(Violation::AckOfUnsent);
+        }
+        if number >= self.credit_from {
+            self.credit_from = number;
+            self.credit = ack.credit;
+        }
+        for range in &ack.ranges {
+            if !self.sent.concerns(*range) {
+                break;
+            }
+            self.stats.spurious_losses += self.sent.ack(*range, &mut self.acked);
+        }
+        let limited = std::mem::take(&mut self.limited);
+        let acked = std::mem::take(&mut self.acked);
+        // The first range is the highest, so the latest packet is at its end.
+        if let Some(latest) = acked.iter().max_by_key(|packet| packet.number) {
+            if latest.number == largest {
+                let delay = Duration::from_micros(u64::from(ack.delay_us));
+                self.rtt.sample(now.since(latest.at), delay);
+            }
+            let bytes = acked.iter().map(|packet| u64::from(packet.bytes)).sum();
+            self.controller.handle_ack(now, latest.at, bytes, limited);
+            self.pto_count = 0;
+        }
+        for packet in &acked {
+            if let Content::Data { segment, index } = packet.content {
+                self.sending.handle_acked(index, segment);
+            }
+        }
+        self.acked = acked;
+        self.acked.clear();
+        self.detect_lost(now);
+    }
+
+    fn handle_done(&mut self, id: TransferId, done: Done) -> Result<(), DropCause> {
+        match self.sending.judge(id, done.len, done.digest) {
+            Judgement::Ended(answer, event) => {
+                self.events.push_back(event);
+                self.controls.push_back(Control::DoneAck(id, answer));
+            }
+            Judgement::Again(answer) => self.reply(Control::DoneAck(id, answer))?,
+            Judgement::Ignore => {}
+            Judgement::Unknown => {
+                self.reply(Control::Reset(id, Scope::FromMe, code::UNKNOWN_TRANSFER))?;
+            }
+            Judgement::Early => self.violate(Violation::EarlyDone),
+        }
+        Ok(())
+    }
+
+    fn handle_done_ack(&mut self, id: TransferId, answer: DoneAck) {
+        if self.receiving.is_incomplete(id) {
+            return self.violate(Violation::EarlyDoneAck);
+        }
+        let how = match answer {
+            DoneAck::Ok => Ok(()),
+            DoneAck::DigestMismatch => Err(FailReason::DigestMismatch),
+        };
+        self.events.extend(self.receiving.end(id, how));
+    }
+
+    fn handle_probe_ack(&mut self, now: Time, token: u64) {
+        let Some(&(_, sent_at)) = self.probes.iter().find(|(sent, _)| *sent == token) else {
+            return;
+        };
+        self.probes.clear();
+        if std::mem::take(&mut self.probe_wanted) {
+            self.events.push_back(Event::PathValidated {
+                rtt: now.since(sent_at),
+            });
+        }
+    }
+
+    fn handle_reset(&mut self, id: TransferId, reset: Reset) {
+        let reason = match reset.reason {
+            code::UNKNOWN_TRANSFER => FailReason::UnknownToPeer,
+            code::LENGTH_MISMATCH => FailReason::LengthMismatch,
+            _ => FailReason::CancelledByPeer,
+        };
+        match reset.scope {
+            Scope::Session => {
+                let reason = CloseReason::Peer(reset.reason);
+                self.shut(FailReason::Closed, Event::Closed { reason });
+            }
+            Scope::ToMe => self.abandon(id, true, reason, None),
+            Scope::FromMe => self.abandon(id, false, reason, None),
+        }
+    }
+
+    /// Queues an answer, unless a peer asks faster than it lets us answer: then
+    /// its packet is dropped, and comes again.
+    fn reply(&mut self, control: Control) -> Result<(), DropCause> {
+        if self.controls.len() >= self.config.slots_max as usize {
+            return Err(DropCause::Overload);
+        }
+        self.controls.push_back(control);
+        Ok(())
+    }
+
+    /// RFC 9000 section 10.2.1: say again that it is over, ever more rarely.
+    fn handle_when_closed(&mut self, kind: Kind) {
+        if let State::Closed { due, heard, .. } = &mut self.state
+            && kind != Kind::Reset
+        {
+            *heard += 1;
+            *due |= heard.is_power_of_two();
+        }
+    }
+}
+
+impl From<ParseError> for DropCause {
+    fn from(error: ParseError) -> Self {
+        match error {
+            ParseError::Length => Self::Length,
+            ParseError::Version(_) => Self::Version,
+            ParseError::HeaderCheck => Self::HeaderCheck,
+            ParseError::Kind(_) => Self::Kind,
+            ParseError::Body => Self::Body,
+            ParseError::PayloadCheck => Self::PayloadCheck,
+        }
+    }
+}

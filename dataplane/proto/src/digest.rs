@@ -1,0 +1,243 @@
+//! The digest of a transfer, built from its segments' checksums in any order.
+//!
+//! A CRC is linear, so the CRC of a whole is the XOR of each piece's CRC
+//! multiplied by `x^(8·n)` modulo the polynomial, where `n` is how many bytes
+//! follow the piece (the identity behind zlib's `crc32_combine`). The CRC a
+//! packet carries anyway is thereby enough: no byte is read twice.
+//!
+//! The `crc32c` crate's own combine builds matrices for each call and takes
+//! microseconds; here a contiguous run costs one multiplication a segment.
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+/// CRC32C (RFC 3720, Castagnoli) of all bytes of a transfer.
+///
+/// Two ends that hold the same bytes have the same digest; it detects
+/// accidents, not forgery.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Digest(pub u32);
+
+impl fmt::Display for Digest {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:08x}", self.0)
+    }
+}
+
+/// Accumulates a [`Digest`] from the CRC32C of each segment.
+///
+/// Segments may come in any order and of any size; each byte must be covered
+/// exactly once, which is the caller's to see to ([`crate::Incoming`] does).
+#[derive(Clone, Debug)]
+pub struct DigestBuilder {
+    len: u64,
+    /// The runs that are over, shifted to their place.
+    total: u32,
+    /// CRC of the run that segments are still being appended to.
+    run: u32,
+    run_end: u64,
+    /// The length last multiplied by, and its power: segments are mostly alike.
+    stride: u64,
+    stride_power: u32,
+}
+
+impl DigestBuilder {
+    /// For a transfer of `len` bytes.
+    pub const fn new(len: u64) -> Self {
+        Self {
+            len,
+            total: 0,
+            run: 0,
+            run_end: 0,
+            stride: 0,
+            stride_power: ONE,
+        }
+    }
+
+    /// Takes in a segment whose bytes have the CRC32C `crc`.
+    pub fn add(&mut self, offset: u64, len: u64, crc: u32) {
+        debug_assert!(
+            offset + len <= self.len,
+            "a segment lies inside its transfer"
+        );
+        if offset == self.run_end {
+            if len != self.stride {
+                self.stride = len;
+                self.stride_power = power(len);
+            }
+            self.run = multiply(self.run, self.stride_power) ^ crc;
+        } else {
+            self.total ^= multiply(self.run, power(self.len - self.run_end));
+            self.run = crc;
+        }
+        self.run_end = offset + len;
+    }
+
+    /// The digest of what was added.
+    pub fn finish(&self) -> Digest {
+        Digest(self.total ^ multiply(self.run, power(self.len - self.run_end)))
+    }
+}
+
+/// The polynomial, bit-reflected as everything here: bit 31 is `x^0`.
+const POLYNOMIAL: u32 = 0x82f6_3b78;
+const ONE: u32 = 1 << 31;
+/// Bytes of a 48-bit length.
+const LEN_BYTES: usize = 6;
+
+/// `ZEROS[k][b]`: byte `b` followed by `k + 1` zero bytes, reduced (slicing by 4).
+static ZEROS: [[u32; 256]; 4] = zeros();
+/// `POWERS[k][b]`: `x^(8·b·256^k)`, so that a power takes one product a byte of the exponent.
+static POWERS: [[u32; 256]; LEN_BYTES] = powers();
+
+/// `x^(8·bytes)` modulo the polynomial.
+fn power(bytes: u64) -> u32 {
+    debug_assert!(bytes < 1 << 48, "lengths have 48 bits");
+    let mut product = POWERS[0][(bytes & 0xff) as usize];
+    let mut rest = bytes >> 8;
+    for table in &POWERS[1..] {
+        if rest == 0 {
+            break;
+        }
+        let byte = (rest & 0xff) as usize;
+        if byte != 0 {
+            product = multiply(product, table[byte]);
+        }
+        rest >>= 8;
+    }
+    product
+}
+
+/// The product of two polynomials modulo the polynomial.
+fn multiply(a: u32, b: u32) -> u32 {
+    // The carry-less product has 63 bits, the highest power in bit 0; one up
+    // makes it a reflected 64-bit value whose low half still has to be reduced.
+    let product = carryless(a, b) << 1;
+    let low = product as u32;
+    (product >> 32) as u32
+        ^ ZEROS[3][(low & 0xff) as usize]
+        ^ ZEROS[2][(low >> 8 & 0xff) as usize]
+        ^ ZEROS[1][(low >> 16 & 0xff) as usize]
+        ^ ZEROS[0][(low >> 24) as usize]
+}
+
+/// Carry-less product by integer multiplication "with holes": of operands with
+/// only every fourth bit set, a column sums at most eight ones, which three
+/// bits hold, so no carry reaches the next column (as BearSSL's `ghash_ctmul`).
+fn carryless(a: u32, b: u32) -> u64 {
+    const HOLES: u64 = 0x1111_1111_1111_1111;
+    let (a, b) = (u64::from(a), u64::from(b));
+    let a = [a & HOLES, a & HOLES << 1, a & HOLES << 2, a & HOLES << 3];
+    let b = [b & HOLES, b & HOLES << 1, b & HOLES << 2, b & HOLES << 3];
+    let mut product = 0;
+    for class in 0..4 {
+        let mut sum = 0;
+        for (i, a) in a.iter().enumerate() {
+            sum ^= a.wrapping_mul(b[(class + 4 - i) % 4]);
+        }
+        product |= sum & HOLES << class;
+    }
+    product
+}
+
+const fn multiply_slowly(a: u32, mut b: u32) -> u32 {
+    let mut product = 0;
+    let mut bit = 32;
+    while bit > 0 {
+        bit -= 1;
+        if a >> bit & 1 == 1 {
+            product ^= b;
+        }
+        b = b >> 1 ^ if b & 1 == 1 { POLYNOMIAL } else { 0 };
+    }
+    product
+}
+
+const fn zeros() -> [[u32; 256]; 4] {
+    let mut tables = [[0; 256]; 4];
+    let mut byte = 0;
+    while byte < 256 {
+        let mut value = byte as u32;
+        let mut bits = 0;
+        while bits < 32 {
+            value = value >> 1 ^ if value & 1 == 1 { POLYNOMIAL } else { 0 };
+            bits += 1;
+            if bits % 8 == 0 {
+                tables[bits / 8 - 1][byte] = value;
+            }
+        }
+        byte += 1;
+    }
+    tables
+}
+
+const fn powers() -> [[u32; 256]; LEN_BYTES] {
+    let mut tables = [[ONE; 256]; LEN_BYTES];
+    // x^8: eight places down from x^0.
+    let mut step = ONE >> 8;
+    let mut k = 0;
+    while k < LEN_BYTES {
+        let mut byte = 1;
+        while byte < 256 {
+            tables[k][byte] = multiply_slowly(tables[k][byte - 1], step);
+            byte += 1;
+        }
+        step = multiply_slowly(tables[k][255], step);
+        k += 1;
+    }
+    tables
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn the_quick_product_is_the_slow_one(a: u32, b: u32) {
+            prop_assert_eq!(multiply(a, b), multiply_slowly(a, b));
+        }
+
+        #[test]
+        fn powers_add(a in 0u64..1 << 47, b in 0u64..1 << 47) {
+            prop_assert_eq!(multiply(power(a), power(b)), power(a + b));
+        }
+
+        #[test]
+        fn any_cut_in_any_order_gives_the_crc_of_the_whole(
+            data in proptest::collection::vec(any::<u8>(), 0..2000),
+            cuts in proptest::collection::vec(any::<prop::sample::Index>(), 0..20),
+            keys in proptest::collection::vec(any::<u32>(), 21),
+        ) {
+            let mut at: Vec<usize> = cuts.iter().map(|cut| cut.index(data.len() + 1)).collect();
+            at.extend([0, data.len()]);
+            at.sort_unstable();
+            let mut pieces: Vec<_> = at.windows(2).zip(keys).collect();
+            pieces.sort_by_key(|(_, key)| *key);
+            let mut builder = DigestBuilder::new(data.len() as u64);
+            for (piece, _) in pieces {
+                let bytes = &data[piece[0]..piece[1]];
+                builder.add(piece[0] as u64, bytes.len() as u64, crc32c::crc32c(bytes));
+            }
+            prop_assert_eq!(builder.finish(), Digest(crc32c::crc32c(&data)));
+        }
+    }
+
+    #[test]
+    fn lengths_beyond_32_bits_shift_all_the_way() {
+        // 5 GiB of zeros after one byte, by squaring what `crc32c` says of 1 GiB.
+        let len = 5 * (1_u64 << 30) + 1;
+        let gib = crc32c::crc32c_combine(0, 0, 1 << 30);
+        assert_eq!(gib, 0);
+        let one = crc32c::crc32c(b"x");
+        let mut expected = one;
+        for _ in 0..5 {
+            expected = crc32c::crc32c_combine(expected, 0, 1 << 30);
+        }
+        let mut builder = DigestBuilder::new(len);
+        builder.add(0, 1, one);
+        assert_eq!(builder.finish(), Digest(expected));
+    }
+}
