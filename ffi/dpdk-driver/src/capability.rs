@@ -1,0 +1,169 @@
+//! What each driver can and cannot do beyond what it says of itself.
+//!
+//! One table by driver name; every entry is something that was measured or
+//! that a driver's guide states. A driver that is not in it is judged by its
+//! bus: a PCI device is a NIC that reaches memory by DMA, anything else is
+//! assumed to take nothing but DPDK's own memory.
+
+/// What a frame may refer to on transmission.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum External {
+    /// Any memory of the process: the driver copies it with the CPU.
+    Any,
+    /// Memory registered with DPDK and mapped for the device.
+    Registered,
+    /// Only DPDK's own memory; payloads are copied into packet buffers.
+    Never,
+}
+
+/// What is known of a driver.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Traits {
+    pub(crate) external: External,
+    /// Whether chains of packet buffers may be sent, if it says so itself.
+    pub(crate) multi_seg: bool,
+    /// Whether it copies with the CPU on (transmission, reception).
+    pub(crate) copies: (bool, bool),
+    /// Whether it can wake a sleeping thread.
+    pub(crate) rx_interrupt: bool,
+    /// Whether traffic goes on when the peer process died and came back.
+    pub(crate) survives_peer: bool,
+    /// Whether the death of the peer may crash this process.
+    pub(crate) fragile: bool,
+    /// Whether `rte_eth_dev_configure` refuses an MTU that works all the same.
+    pub(crate) hides_mtu: bool,
+}
+
+const NIC: Traits = Traits {
+    external: External::Registered,
+    multi_seg: true,
+    copies: (false, false),
+    rx_interrupt: true,
+    survives_peer: true,
+    fragile: false,
+    hides_mtu: false,
+};
+
+const VIRTUAL: Traits = Traits {
+    external: External::Never,
+    multi_seg: true,
+    copies: (true, true),
+    rx_interrupt: false,
+    survives_peer: false,
+    fragile: false,
+    hides_mtu: false,
+};
+
+/// Looks up a driver by its name and the arguments of the device.
+pub(crate) fn traits(driver: &str, devargs: &str) -> Traits {
+    match driver {
+        // The back end does all the copying of the pair, from and to any memory.
+        "net_vhost" => Traits {
+            external: External::Any,
+            rx_interrupt: true,
+            survives_peer: true,
+            ..VIRTUAL
+        },
+        // The back end maps DPDK's heap only: a payload elsewhere stalls the
+        // ring without an error.
+        "net_virtio_user" => Traits {
+            copies: (false, false),
+            rx_interrupt: true,
+            survives_peer: true,
+            ..VIRTUAL
+        },
+        // Zero-copy mode translates addresses within DPDK's heap without a
+        // check: a payload elsewhere is a segmentation fault. A dying peer
+        // unmaps the ring under the driver about one time in three.
+        "net_memif" if devargs.contains("zero-copy=yes") => Traits {
+            copies: (false, false),
+            fragile: true,
+            hides_mtu: true,
+            ..VIRTUAL
+        },
+        "net_memif" => Traits {
+            external: External::Any,
+            fragile: true,
+            hides_mtu: true,
+            ..VIRTUAL
+        },
+        "net_af_packet" => Traits {
+            external: External::Any,
+            survives_peer: true,
+            hides_mtu: true,
+            ..VIRTUAL
+        },
+        // Sends garbage for chains and for external buffers.
+        "net_af_xdp" => Traits {
+            multi_seg: false,
+            survives_peer: true,
+            ..VIRTUAL
+        },
+        _ if is_pci(devargs) => NIC,
+        _ => VIRTUAL,
+    }
+}
+
+/// Whether a device is named by a PCI address, `0000:3b:00.0` or `3b:00.0`.
+pub(crate) fn is_pci(devargs: &str) -> bool {
+    let address = devargs.split(',').next().unwrap_or("");
+    let address = address.strip_prefix("pci:").unwrap_or(address);
+    let hex = |part: &str, digits: usize| {
+        part.len() == digits && part.bytes().all(|byte| byte.is_ascii_hexdigit())
+    };
+    let Some((rest, function)) = address.rsplit_once('.') else {
+        return false;
+    };
+    let mut parts = rest.rsplit(':');
+    let device = parts.next().is_some_and(|part| hex(part, 2));
+    let bus = parts.next().is_some_and(|part| hex(part, 2));
+    let domain = parts.next().is_none_or(|part| hex(part, 4));
+    hex(function, 1) && device && bus && domain && parts.next().is_none()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pci_addresses_are_told_from_virtual_devices() {
+        for pci in [
+            "0000:3b:00.0",
+            "3b:00.1",
+            "0000:3b:00.0,arg=1",
+            "pci:0000:3b:00.0",
+        ] {
+            assert!(is_pci(pci), "{pci}");
+        }
+        for other in [
+            "net_memif0",
+            "net_memif0,socket=/a.b:c",
+            "",
+            "0000:3b:00",
+            "x:3b:00.0",
+        ] {
+            assert!(!is_pci(other), "{other}");
+        }
+    }
+
+    #[test]
+    fn only_dpdk_memory_where_the_back_end_maps_nothing_else() {
+        assert_eq!(
+            traits("net_virtio_user", "net_virtio_user0").external,
+            External::Never
+        );
+        assert_eq!(
+            traits("net_memif", "net_memif0,zero-copy=yes").external,
+            External::Never
+        );
+        assert_eq!(traits("net_memif", "net_memif0").external, External::Any);
+        assert_eq!(
+            traits("net_unheard_of", "net_unheard_of0").external,
+            External::Never
+        );
+        assert_eq!(
+            traits("net_ice", "0000:3b:00.0").external,
+            External::Registered
+        );
+    }
+}

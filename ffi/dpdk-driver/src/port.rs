@@ -1,0 +1,460 @@
+//! A port: an Ethernet device with one queue pair, and all it needs.
+
+use std::ffi::{CStr, CString, NulError};
+
+use genie_dpdk_abi as abi;
+use genie_dpdk_sys as sys;
+
+use crate::capability::{self, External as ExternalMemory, Traits};
+use crate::eal::{Eal, EalError};
+use crate::errno::Errno;
+use crate::external::External;
+use crate::mempool::Mempool;
+use crate::queue::QueuePair;
+
+/// Ethernet header, without VLAN tags.
+const ETHERNET_HEADER: u32 = 14;
+
+/// Two VLAN tags and what virtio puts before a frame; room, never counted.
+const FRAME_SLACK: u32 = 8 + 16;
+
+/// What the caller wants; see [`abi::PortConfig`].
+#[derive(Clone, Debug)]
+pub(crate) struct PortOptions {
+    pub(crate) devargs: String,
+    pub(crate) rx_descriptors: u16,
+    pub(crate) tx_descriptors: u16,
+    pub(crate) mtu: u16,
+    pub(crate) spare_mbufs: u32,
+    pub(crate) attachments: u32,
+}
+
+/// Why a port could not be opened.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum OpenError {
+    #[error(transparent)]
+    Eal(#[from] EalError),
+    #[error(
+        "{0} is a PCI device, but this process brought DPDK up without the PCI bus: \
+         name it among the PCI addresses when the agent starts"
+    )]
+    PciOff(String),
+    #[error("the device arguments hold a NUL byte")]
+    Nul(#[from] NulError),
+    #[error("DPDK cannot attach {devargs}: {errno}")]
+    Probe { devargs: String, errno: Errno },
+    #[error("{devargs} is attached but has no Ethernet port of that name")]
+    NoPort { devargs: String },
+    #[error("{driver} takes an MTU of {min} to {max}, not {wanted}")]
+    Mtu {
+        driver: String,
+        min: u16,
+        max: u16,
+        wanted: u16,
+    },
+    #[error("{driver}: {step} fails: {errno}")]
+    Step {
+        driver: String,
+        step: &'static str,
+        errno: Errno,
+    },
+}
+
+impl OpenError {
+    pub(crate) fn status(&self) -> i32 {
+        match self {
+            Self::Probe { errno, .. } | Self::Step { errno, .. } => errno.status(),
+            Self::NoPort { .. } => Errno::NODEV.status(),
+            _ => Errno::INVAL.status(),
+        }
+    }
+}
+
+/// An attached device; closed and detached on drop.
+struct Device {
+    port: u16,
+    device: *mut sys::rte_device,
+}
+
+impl Drop for Device {
+    fn drop(&mut self) {
+        // SAFETY: the port is ours and no thread is in a burst function.
+        unsafe { sys::rte_eth_dev_close(self.port) };
+        // A PCI device attached at start is detached likewise; another open
+        // probes it anew.
+        // SAFETY: the bus owns the device and it is still attached.
+        unsafe { sys::rte_dev_remove(self.device) };
+    }
+}
+
+/// A started port. May only be used from one thread at a time.
+///
+/// Fields are in the order in which they must go: frames kept by the queues,
+/// the device with those in its rings, then the pools all of them came from.
+pub(crate) struct Port {
+    pub(crate) queues: QueuePair,
+    device: Device,
+    external: External,
+    rx_pool: Mempool,
+    tx_pool: Mempool,
+    info: abi::PortInfo,
+    stopped: bool,
+}
+
+impl Port {
+    /// Attaches, configures and starts a device.
+    pub(crate) fn open(eal: Eal, options: &PortOptions) -> Result<Self, OpenError> {
+        if capability::is_pci(&options.devargs) && !eal.has_pci {
+            return Err(OpenError::PciOff(options.devargs.clone()));
+        }
+        let port = attach(&options.devargs)?;
+        let raw = device_info(port).map_err(|errno| OpenError::Probe {
+            devargs: options.devargs.clone(),
+            errno,
+        })?;
+        let device = Device {
+            port,
+            device: raw.device,
+        };
+        let driver = driver_name(&raw);
+        let traits = capability::traits(&driver, &options.devargs);
+        let failed = |step| {
+            let driver = driver.clone();
+            move |errno| OpenError::Step {
+                driver,
+                step,
+                errno,
+            }
+        };
+        if !traits.hides_mtu && !(raw.min_mtu..=raw.max_mtu).contains(&options.mtu) {
+            let (min, max, wanted) = (raw.min_mtu, raw.max_mtu, options.mtu);
+            return Err(OpenError::Mtu {
+                driver,
+                min,
+                max,
+                wanted,
+            });
+        }
+        let caps = capabilities(&raw, traits);
+        configure(port, &raw, caps, traits, options.mtu).map_err(failed("configuring it"))?;
+        let (mut rx_descriptors, mut tx_descriptors) =
+            (options.rx_descriptors, options.tx_descriptors);
+        // SAFETY: a configured port; both are ours and written.
+        let status = unsafe {
+            sys::rte_eth_dev_adjust_nb_rx_tx_desc(port, &mut rx_descriptors, &mut tx_descriptors)
+        };
+        Errno::check(status).map_err(failed("choosing descriptors"))?;
+
+        // SAFETY: a valid port.
+        let numa_node = unsafe { sys::rte_eth_dev_socket_id(port) };
+        let max_frame = u32::from(options.mtu) + ETHERNET_HEADER;
+        // Twice the cache, as each of the threads that come to use it keeps
+        // up to one and a half times that many to itself.
+        let spare = options.spare_mbufs + 2 * sys::GENIE_MBUF_CACHE;
+        let rx_count = u32::from(rx_descriptors) + spare;
+        let tx_count = 2 * u32::from(tx_descriptors) + spare;
+        let room = (max_frame + FRAME_SLACK).max(raw.min_rx_bufsize);
+        let pool = |count| Mempool::new(count, room, numa_node);
+        let rx_pool = pool(rx_count).map_err(failed("making its receive buffers"))?;
+        let tx_pool = pool(tx_count).map_err(failed("making its transmit buffers"))?;
+
+        // SAFETY: configured; the pool outlives the port; null means defaults.
+        let status = unsafe {
+            let node = numa_node as u32;
+            sys::rte_eth_rx_queue_setup(
+                port,
+                0,
+                rx_descriptors,
+                node,
+                std::ptr::null(),
+                rx_pool.as_ptr(),
+            )
+        };
+        Errno::check(status).map_err(failed("setting its receive queue up"))?;
+        // SAFETY: as above.
+        let status = unsafe {
+            sys::rte_eth_tx_queue_setup(port, 0, tx_descriptors, numa_node as u32, std::ptr::null())
+        };
+        Errno::check(status).map_err(failed("setting its transmit queue up"))?;
+        // SAFETY: configured, and its queues are set up.
+        let status = unsafe { sys::rte_eth_dev_start(port) };
+        Errno::check(status).map_err(failed("starting it"))?;
+        // For neighbour discovery. Devices without filters have no such
+        // function and let everything in.
+        // SAFETY: a started port.
+        let _ = unsafe { sys::rte_eth_allmulticast_enable(port) };
+
+        let info = abi::PortInfo {
+            driver: fixed(&driver),
+            mac: mac(port).map_err(failed("reading its address"))?,
+            mtu: options.mtu,
+            max_frame,
+            rx_descriptors,
+            tx_descriptors,
+            mbufs: rx_pool.count() + tx_pool.count(),
+            numa_node,
+            caps,
+        };
+        let mut external = External::new(options.attachments);
+        let (attachments, attachment_count) = external.as_raw();
+        let mode = sys::genie_tx_mode {
+            pool: tx_pool.as_ptr(),
+            attachments,
+            attachment_count,
+            external: caps & abi::CAP_TX_EXTERNAL != 0,
+        };
+        // SAFETY: the port was started just now and is nobody else's; pool and
+        // attachments are dropped after the queues, see the order of fields.
+        let queues = unsafe { QueuePair::new(port, mode) };
+        Ok(Self {
+            queues,
+            device,
+            external,
+            rx_pool,
+            tx_pool,
+            info,
+            stopped: false,
+        })
+    }
+
+    pub(crate) fn info(&self) -> &abi::PortInfo {
+        &self.info
+    }
+
+    pub(crate) fn external(&self) -> &External {
+        &self.external
+    }
+
+    pub(crate) fn external_mut(&mut self) -> &mut External {
+        &mut self.external
+    }
+
+    /// Whether bursts may be moved: not after [`Port::stop`].
+    pub(crate) fn is_running(&self) -> bool {
+        !self.stopped
+    }
+
+    pub(crate) fn link_up(&self) -> bool {
+        let mut link = sys::rte_eth_link::default();
+        // SAFETY: a valid port; `link` is ours and written.
+        let status = unsafe { sys::rte_eth_link_get_nowait(self.device.port, &mut link) };
+        status == 0 && link.link_status() != 0
+    }
+
+    pub(crate) fn stats(&self) -> abi::PortStats {
+        let mut raw = sys::rte_eth_stats::default();
+        // SAFETY: a valid port; `raw` is ours and written.
+        // Where a driver keeps no counters they stay zero.
+        let _ = unsafe { sys::rte_eth_stats_get(self.device.port, &mut raw) };
+        abi::PortStats {
+            rx_frames: raw.ipackets,
+            rx_bytes: raw.ibytes,
+            rx_missed: raw.imissed + raw.rx_nombuf,
+            rx_errors: raw.ierrors,
+            tx_frames: raw.opackets,
+            tx_bytes: raw.obytes,
+            tx_errors: raw.oerrors + self.queues.bad_frames,
+            tx_copied_bytes: self.queues.copied_bytes,
+            mbufs_free: u64::from(self.rx_pool.available() + self.tx_pool.available()),
+            tx_pending: self.queues.pending() as u64,
+        }
+    }
+
+    /// Stops the queues and frees all frames in them.
+    pub(crate) fn stop(&mut self) -> Result<(), Errno> {
+        if !self.stopped {
+            self.stopped = true;
+            self.queues.drop_pending();
+            // SAFETY: a started port; this thread is not in a burst function.
+            Errno::check(unsafe { sys::rte_eth_dev_stop(self.device.port) })?;
+        }
+        Ok(())
+    }
+
+    /// Closes the port; returns how many packet buffers did not come back.
+    pub(crate) fn close(mut self) -> u32 {
+        // A device that cannot be stopped is closed all the same.
+        let _ = self.stop();
+        let Self {
+            queues,
+            device,
+            external,
+            rx_pool,
+            tx_pool,
+            ..
+        } = self;
+        drop(queues);
+        drop(device);
+        let missing = rx_pool.in_use() + tx_pool.in_use();
+        if external.in_flight() {
+            // A packet buffer that never came back points into the table.
+            std::mem::forget(external);
+        }
+        missing
+    }
+
+    /// Registers memory with DPDK and maps it for this device's DMA.
+    ///
+    /// # Safety
+    /// `len` bytes at `base` are mapped until [`Port::unregister`]; both are
+    /// multiples of `page_bytes`, the size of its pages.
+    pub(crate) unsafe fn register(
+        &self,
+        base: *mut u8,
+        len: u64,
+        page_bytes: u64,
+    ) -> Result<(), Errno> {
+        let base = base.cast();
+        // SAFETY: the caller's promise; IOVAs are addresses, so no table.
+        let status = unsafe {
+            sys::rte_extmem_register(
+                base,
+                len as usize,
+                std::ptr::null_mut(),
+                0,
+                page_bytes as usize,
+            )
+        };
+        match Errno::check(status) {
+            // Another port of this process registered it.
+            Ok(_) | Err(Errno::EXIST) => {}
+            Err(errno) => return Err(errno),
+        }
+        // SAFETY: registered memory and the device of an open port.
+        let status =
+            unsafe { sys::rte_dev_dma_map(self.device.device, base, base as u64, len as usize) };
+        match Errno::check(status) {
+            Ok(_) => Ok(()),
+            Err(errno) => {
+                // SAFETY: registered above; not mapped.
+                unsafe { sys::rte_extmem_unregister(base, len as usize) };
+                Err(errno)
+            }
+        }
+    }
+
+    /// Undoes [`Port::register`].
+    pub(crate) fn unregister(&self, base: *mut u8, len: u64) -> Result<(), Errno> {
+        let base = base.cast();
+        // SAFETY: DPDK looks the range up and refuses one it does not know.
+        let status =
+            unsafe { sys::rte_dev_dma_unmap(self.device.device, base, base as u64, len as usize) };
+        Errno::check(status)?;
+        // SAFETY: as above.
+        Errno::check(unsafe { sys::rte_extmem_unregister(base, len as usize) })?;
+        Ok(())
+    }
+}
+
+/// Attaches a device and finds its port.
+fn attach(devargs: &str) -> Result<u16, OpenError> {
+    let failed = |errno| OpenError::Probe {
+        devargs: devargs.into(),
+        errno,
+    };
+    let text = CString::new(devargs)?;
+    // SAFETY: a NUL-terminated string, copied.
+    match Errno::check(unsafe { sys::rte_dev_probe(text.as_ptr()) }) {
+        // An allowed PCI device was attached when the EAL came up.
+        Ok(_) | Err(Errno::EXIST) => {}
+        Err(errno) => return Err(failed(errno)),
+    }
+    let name = devargs.split(',').next().unwrap_or(devargs);
+    let name = CString::new(name)?;
+    let mut port = 0;
+    // SAFETY: a NUL-terminated string; `port` is ours and written.
+    let status = unsafe { sys::rte_eth_dev_get_port_by_name(name.as_ptr(), &mut port) };
+    Errno::check(status).map_err(|_| OpenError::NoPort {
+        devargs: devargs.into(),
+    })?;
+    Ok(port)
+}
+
+fn device_info(port: u16) -> Result<sys::rte_eth_dev_info, Errno> {
+    let mut info = sys::rte_eth_dev_info::default();
+    // SAFETY: a valid port; `info` is ours and written.
+    Errno::check(unsafe { sys::rte_eth_dev_info_get(port, &mut info) })?;
+    Ok(info)
+}
+
+fn driver_name(info: &sys::rte_eth_dev_info) -> String {
+    if info.driver_name.is_null() {
+        return "unknown".into();
+    }
+    // SAFETY: NUL-terminated and static: a driver's name.
+    unsafe { CStr::from_ptr(info.driver_name) }
+        .to_string_lossy()
+        .into_owned()
+}
+
+fn capabilities(info: &sys::rte_eth_dev_info, traits: Traits) -> u64 {
+    // SAFETY: returns constants.
+    let bits = unsafe { sys::genie_offloads() };
+    let multi_seg = traits.multi_seg && info.tx_offload_capa & bits.tx_multi_segs != 0;
+    let external = multi_seg && traits.external != ExternalMemory::Never;
+    let registered = external && traits.external == ExternalMemory::Registered;
+    [
+        (abi::CAP_TX_MULTI_SEG, multi_seg),
+        (abi::CAP_TX_EXTERNAL, external),
+        (abi::CAP_NEEDS_REGISTRATION, registered),
+        (abi::CAP_RX_INTERRUPT, traits.rx_interrupt),
+        (
+            abi::CAP_TX_IPV4_CHECKSUM,
+            info.tx_offload_capa & bits.tx_ipv4_cksum != 0,
+        ),
+        (
+            abi::CAP_TX_UDP_CHECKSUM,
+            info.tx_offload_capa & bits.tx_udp_cksum != 0,
+        ),
+        (
+            abi::CAP_RX_UDP_CHECKSUM,
+            info.rx_offload_capa & bits.rx_udp_cksum != 0,
+        ),
+        (
+            abi::CAP_RX_BUFFER_SPLIT,
+            info.rx_offload_capa & bits.rx_buffer_split != 0,
+        ),
+        (abi::CAP_DRIVER_COPIES_TX, traits.copies.0),
+        (abi::CAP_DRIVER_COPIES_RX, traits.copies.1),
+        (abi::CAP_SURVIVES_PEER, traits.survives_peer),
+        (abi::CAP_FRAGILE, traits.fragile),
+    ]
+    .iter()
+    .filter(|(_, holds)| *holds)
+    .fold(0, |set, (bit, _)| set | bit)
+}
+
+fn configure(
+    port: u16,
+    info: &sys::rte_eth_dev_info,
+    caps: u64,
+    traits: Traits,
+    mtu: u16,
+) -> Result<(), Errno> {
+    // SAFETY: returns constants.
+    let bits = unsafe { sys::genie_offloads() };
+    let mut config = sys::rte_eth_conf::default();
+    if !traits.hides_mtu {
+        config.rxmode.mtu = u32::from(mtu);
+    }
+    if caps & abi::CAP_TX_MULTI_SEG != 0 {
+        config.txmode.offloads |= bits.tx_multi_segs & info.tx_offload_capa;
+    }
+    // SAFETY: an attached port that is not started; `config` is read.
+    Errno::check(unsafe { sys::rte_eth_dev_configure(port, 1, 1, &config) })?;
+    Ok(())
+}
+
+fn mac(port: u16) -> Result<[u8; 6], Errno> {
+    let mut address = sys::rte_ether_addr::default();
+    // SAFETY: a valid port; `address` is ours and written.
+    Errno::check(unsafe { sys::rte_eth_macaddr_get(port, &mut address) })?;
+    Ok(address.addr_bytes)
+}
+
+fn fixed(name: &str) -> [u8; 32] {
+    let mut bytes = [0; 32];
+    let len = name.len().min(31);
+    bytes[..len].copy_from_slice(&name.as_bytes()[..len]);
+    bytes
+}

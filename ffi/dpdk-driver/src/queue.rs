@@ -1,0 +1,141 @@
+//! The queue pair of a port: bursts in, bursts out.
+
+use genie_dpdk_abi::{RxFrame, TxFrame};
+use genie_dpdk_sys as sys;
+
+use crate::errno::Errno;
+use crate::mbuf::MbufBurst;
+
+/// The one queue of each direction that is used.
+const QUEUE: u16 = 0;
+
+/// A receive and a transmit queue of a started port.
+///
+/// May only be used from one thread at a time; an lcore id makes it fast.
+pub(crate) struct QueuePair {
+    port: u16,
+    mode: sys::genie_tx_mode,
+    /// Frames taken from the caller that the ring had no room for.
+    pending: MbufBurst,
+    /// Whether the driver can be asked for sent packet buffers.
+    has_done_cleanup: bool,
+    pub(crate) copied_bytes: u64,
+    pub(crate) bad_frames: u64,
+}
+
+impl QueuePair {
+    /// # Safety
+    /// The port is started and stays so until [`QueuePair::stop`]; what `mode`
+    /// points to outlives this; nothing else uses queue 0 of the port.
+    pub(crate) unsafe fn new(port: u16, mode: sys::genie_tx_mode) -> Self {
+        let pending = MbufBurst::new();
+        Self {
+            port,
+            mode,
+            pending,
+            has_done_cleanup: true,
+            copied_bytes: 0,
+            bad_frames: 0,
+        }
+    }
+
+    /// Receives frames; each is the caller's until [`QueuePair::rx_free`].
+    pub(crate) fn rx_burst(&mut self, frames: &mut [RxFrame]) -> usize {
+        self.offer_pending();
+        let room = frames.len().min(genie_dpdk_abi::BURST_MAX) as u16;
+        let frames = frames.as_mut_ptr().cast::<sys::genie_rx_frame>();
+        // SAFETY: the port is started (see `new`); the two frame types have one
+        // layout, asserted below; at most `room` are written.
+        usize::from(unsafe { sys::genie_rx_burst(self.port, QUEUE, frames, room) })
+    }
+
+    /// Frees received frames.
+    ///
+    /// # Safety
+    /// Each came from `rx_burst` and was not freed since.
+    pub(crate) unsafe fn rx_free(&mut self, frames: &[RxFrame]) {
+        for frames in frames.chunks(genie_dpdk_abi::BURST_MAX) {
+            let (first, count) = (frames.as_ptr().cast::<sys::genie_rx_frame>(), frames.len());
+            // SAFETY: the caller's promise; one layout, as above.
+            unsafe { sys::genie_rx_free(first, count as u32) };
+        }
+    }
+
+    /// Takes frames for sending; returns how many of the first ones.
+    ///
+    /// What the ring has no room for is kept, so that the work of describing
+    /// (or copying) it is done once. While frames are kept none are taken.
+    ///
+    /// # Safety
+    /// Every frame's head is readable, and all attached memory is.
+    pub(crate) unsafe fn tx_burst(&mut self, frames: &[TxFrame]) -> usize {
+        if !self.offer_pending() {
+            return 0;
+        }
+        let first = frames.as_ptr().cast::<sys::genie_tx_frame>();
+        // SAFETY: one layout, asserted below; same length and lifetime.
+        let frames = unsafe { std::slice::from_raw_parts(first, frames.len()) };
+        // SAFETY: `mode` outlives this (see `new`); heads and attached memory
+        // are readable by the caller's promise.
+        let built = unsafe { self.pending.build(&self.mode, frames) };
+        self.copied_bytes += built.copied_bytes;
+        self.bad_frames += u64::from(built.bad);
+        self.offer_pending();
+        built.taken as usize
+    }
+
+    /// Offers kept frames and collects sent packet buffers.
+    pub(crate) fn reap(&mut self) {
+        self.offer_pending();
+        if self.has_done_cleanup {
+            // SAFETY: the port is started (see `new`).
+            let status = unsafe { sys::rte_eth_tx_done_cleanup(self.port, QUEUE, 0) };
+            self.has_done_cleanup = Errno::check(status) != Err(Errno::NOTSUP);
+        } else {
+            // An empty burst makes most drivers look for what was sent.
+            // SAFETY: the port is started; no packet buffer is passed.
+            unsafe { sys::genie_tx_send(self.port, QUEUE, std::ptr::null_mut(), 0) };
+        }
+    }
+
+    /// Frames kept for want of room in the ring.
+    pub(crate) fn pending(&self) -> usize {
+        self.pending.len()
+    }
+
+    /// Frees kept frames, for a port that is stopped.
+    pub(crate) fn drop_pending(&mut self) {
+        self.bad_frames += self.pending.len() as u64;
+        self.pending.free();
+    }
+
+    /// Whether nothing is kept any more.
+    fn offer_pending(&mut self) -> bool {
+        if !self.pending.is_empty() {
+            // SAFETY: the port is started and its queue ours (see `new`).
+            unsafe { self.pending.send(self.port, QUEUE) };
+        }
+        self.pending.is_empty()
+    }
+}
+
+const _: () = {
+    assert!(sys::GENIE_BURST_MAX as usize == genie_dpdk_abi::BURST_MAX);
+    assert!(size_of::<sys::genie_rx_frame>() == size_of::<RxFrame>());
+    assert!(align_of::<sys::genie_rx_frame>() == align_of::<RxFrame>());
+    assert!(size_of::<sys::genie_tx_frame>() == size_of::<TxFrame>());
+    assert!(align_of::<sys::genie_tx_frame>() == align_of::<TxFrame>());
+};
+
+macro_rules! assert_offsets {
+    ($($raw:ident = $abi:ident { $($field:ident),* })*) => {
+        $($(const _: () = assert!(
+            std::mem::offset_of!(sys::$raw, $field) == std::mem::offset_of!($abi, $field)
+        );)*)*
+    };
+}
+
+assert_offsets! {
+    genie_rx_frame = RxFrame { mbuf, data, data_len, frame_len }
+    genie_tx_frame = TxFrame { head, payload, head_len, payload_len, attachment }
+}
