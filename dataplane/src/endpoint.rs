@@ -115,8 +115,12 @@ impl Endpoint {
     /// Makes an endpoint, what its engine needs, and the answers' end.
     ///
     /// `Lost` sessions arrive on the channel returned last.
-    pub fn new()
-    -> rustix::io::Result<(Self, Completions, EnginePorts, mpsc::UnboundedReceiver<Lost>)> {
+    pub fn new() -> rustix::io::Result<(
+        Self,
+        Completions,
+        EnginePorts,
+        mpsc::UnboundedReceiver<Lost>,
+    )> {
         // Each operation may be followed by one cancellation; closes and opens
         // are few. A full ring makes the caller try again, so this only has to
         // be ample, not exact.
@@ -130,9 +134,15 @@ impl Endpoint {
             next_operation: AtomicU64::new(1),
         });
         let (lost, lost_receiver) = mpsc::unbounded_channel();
-        let completions = Completions { ring: completions, shared: Arc::clone(&shared), lost };
-        let ports =
-            EnginePorts { commands: engine_commands, completions: engine_completions };
+        let completions = Completions {
+            ring: completions,
+            shared: Arc::clone(&shared),
+            lost,
+        };
+        let ports = EnginePorts {
+            commands: engine_commands,
+            completions: engine_completions,
+        };
         Ok((Self { shared }, completions, ports, lost_receiver))
     }
 
@@ -151,7 +161,14 @@ impl Endpoint {
     pub async fn open(&self, session: SessionId, remote: Remote) -> Result<Duration, OpenError> {
         let (answer, answered) = oneshot::channel();
         let operation = self.expect_answer(Waiting::Open(answer));
-        if self.command(Command::Open { operation, session, remote }).is_err() {
+        if self
+            .command(Command::Open {
+                operation,
+                session,
+                remote,
+            })
+            .is_err()
+        {
             lock(&self.shared.waiting).remove(&operation);
             return Err(OpenError::Stopped);
         }
@@ -232,8 +249,17 @@ impl Endpoint {
         };
         let (answer, answered) = oneshot::channel();
         let slot = Some((session, transfer));
-        let operation = self.expect_answer(Waiting::Transfer { answer, slot, _permit: permit });
-        let command = Command::Receive { operation, session, transfer, into };
+        let operation = self.expect_answer(Waiting::Transfer {
+            answer,
+            slot,
+            _permit: permit,
+        });
+        let command = Command::Receive {
+            operation,
+            session,
+            transfer,
+            into,
+        };
         self.begin(operation, command)?;
         Ok((transfer, self.transfer(answered, session, transfer, false)))
     }
@@ -246,9 +272,20 @@ impl Endpoint {
         permit: OwnedSemaphorePermit,
     ) -> Result<Transfer, FailReason> {
         let (answer, answered) = oneshot::channel();
-        let operation =
-            self.expect_answer(Waiting::Transfer { answer, slot: None, _permit: permit });
-        self.begin(operation, Command::Send { operation, session, transfer, from })?;
+        let operation = self.expect_answer(Waiting::Transfer {
+            answer,
+            slot: None,
+            _permit: permit,
+        });
+        self.begin(
+            operation,
+            Command::Send {
+                operation,
+                session,
+                transfer,
+                from,
+            },
+        )?;
         Ok(self.transfer(answered, session, transfer, true))
     }
 
@@ -259,17 +296,26 @@ impl Endpoint {
         transfer: TransferId,
         outgoing: bool,
     ) -> Transfer {
-        Transfer { answer, endpoint: self.clone(), session, transfer, outgoing, done: false }
+        Transfer {
+            answer,
+            endpoint: self.clone(),
+            session,
+            transfer,
+            outgoing,
+            done: false,
+        }
     }
 
     async fn permit(&self) -> OwnedSemaphorePermit {
         let permits = Arc::clone(&self.shared.permits);
-        permits.acquire_owned().await.expect("the semaphore is never closed")
+        permits
+            .acquire_owned()
+            .await
+            .expect("the semaphore is never closed")
     }
 
     fn expect_answer(&self, waiting: Waiting) -> OperationId {
-        let operation =
-            OperationId(self.shared.next_operation.fetch_add(1, Ordering::Relaxed));
+        let operation = OperationId(self.shared.next_operation.fetch_add(1, Ordering::Relaxed));
         lock(&self.shared.waiting).insert(operation, waiting);
         operation
     }
@@ -334,18 +380,19 @@ impl Completions {
 
     /// Dispatches on a thread of its own until the engine ends.
     pub fn spawn(mut self) -> std::io::Result<std::thread::JoinHandle<()>> {
-        std::thread::Builder::new().name("genie-dispatch".into()).spawn(move || {
-            while self.dispatch() {
-                self.ring.wait(Duration::from_secs(3600));
-            }
-        })
+        std::thread::Builder::new()
+            .name("genie-dispatch".into())
+            .spawn(move || {
+                while self.dispatch() {
+                    self.ring.wait(Duration::from_secs(3600));
+                }
+            })
     }
 
     fn dispatch_one(&mut self, completion: Completion) {
         match completion {
             Completion::Opened { operation, result } => {
-                if let Some(Waiting::Open(answer)) = lock(&self.shared.waiting).remove(&operation)
-                {
+                if let Some(Waiting::Open(answer)) = lock(&self.shared.waiting).remove(&operation) {
                     let _ = answer.send(result);
                 }
             }
@@ -374,7 +421,10 @@ impl AsFd for Completions {
 
 impl Shared {
     fn give_back_slot(&self, waiting: &Waiting) {
-        if let Waiting::Transfer { slot: Some((session, transfer)), .. } = waiting
+        if let Waiting::Transfer {
+            slot: Some((session, transfer)),
+            ..
+        } = waiting
             && let Some(slots) = lock(&self.sessions).get_mut(session)
         {
             slots.give_back(*transfer);
@@ -423,7 +473,11 @@ impl Drop for Transfer {
     fn drop(&mut self) {
         if !self.done {
             let (session, transfer, outgoing) = (self.session, self.transfer, self.outgoing);
-            let _ = self.endpoint.command(Command::Cancel { session, transfer, outgoing });
+            let _ = self.endpoint.command(Command::Cancel {
+                session,
+                transfer,
+                outgoing,
+            });
         }
     }
 }
@@ -441,14 +495,20 @@ impl Slots {
         self.free.pop().unwrap_or_else(|| {
             let slot = self.used;
             self.used += 1;
-            TransferId { slot, generation: 1 }
+            TransferId {
+                slot,
+                generation: 1,
+            }
         })
     }
 
     fn give_back(&mut self, id: TransferId) {
         // After four thousand million uses a slot retires.
         if let Some(generation) = id.generation.checked_add(1) {
-            self.free.push(TransferId { slot: id.slot, generation });
+            self.free.push(TransferId {
+                slot: id.slot,
+                generation,
+            });
         }
     }
 }
@@ -475,7 +535,10 @@ mod tests {
         slots.give_back(first);
         assert_eq!(
             slots.take(),
-            TransferId { slot: first.slot, generation: first.generation + 1 }
+            TransferId {
+                slot: first.slot,
+                generation: first.generation + 1
+            }
         );
     }
 
@@ -499,7 +562,12 @@ mod tests {
         let lease = lease();
         let mut transfers = Vec::new();
         for _ in 0..OPERATIONS_MAX {
-            transfers.push(endpoint.try_receive(session, lease.clone()).unwrap().unwrap());
+            transfers.push(
+                endpoint
+                    .try_receive(session, lease.clone())
+                    .unwrap()
+                    .unwrap(),
+            );
         }
         assert!(endpoint.try_receive(session, lease).is_err());
         // Each drop cancels; the command ring has room for all of them.
@@ -520,7 +588,10 @@ mod tests {
             ports.commands.try_recv(),
             Some(Command::Cancel { transfer, outgoing: false, .. }) if transfer == id
         ));
-        assert!(weak.upgrade().is_some(), "the engine's lease keeps the region");
+        assert!(
+            weak.upgrade().is_some(),
+            "the engine's lease keeps the region"
+        );
         drop(first);
         assert!(weak.upgrade().is_none());
     }

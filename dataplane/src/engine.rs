@@ -8,6 +8,9 @@
 #![forbid(unsafe_code)]
 
 pub mod command;
+pub mod frame;
+mod idle;
+pub mod link;
 pub mod ring;
 pub mod status;
 pub mod udp;

@@ -30,6 +30,10 @@ impl Copies {
 
     /// Genie's own copies per byte of `delivered`; 0 if nothing was delivered.
     pub fn per_byte(&self, delivered: u64) -> f64 {
-        if delivered == 0 { 0.0 } else { self.genie as f64 / delivered as f64 }
+        if delivered == 0 {
+            0.0
+        } else {
+            self.genie as f64 / delivered as f64
+        }
     }
 }

@@ -1,0 +1,154 @@
+//! A device that treats received frames badly: loss, duplication, corruption
+//! and reordering, from a seed.
+//!
+//! Wraps any other device, so that the protocol is tested on the very drivers
+//! it runs on.
+
+#![forbid(unsafe_code)]
+
+use std::collections::VecDeque;
+
+use super::{AttachError, Attachment, Capabilities, Counters, Device, TxFrame};
+use crate::ledger::Copies;
+use crate::memory::{Lease, View};
+
+/// How badly; each probability is in thousandths, per frame.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Faults {
+    /// Seed of all decisions.
+    pub seed: u64,
+    /// Frames that never arrive.
+    pub loss: u32,
+    /// Frames that arrive twice.
+    pub duplication: u32,
+    /// Frames with one to four flipped bits.
+    pub corruption: u32,
+    /// Frames that later frames overtake.
+    pub reordering: u32,
+}
+
+/// What was done to frames so far.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Done {
+    /// Frames dropped.
+    pub lost: u64,
+    /// Frames delivered twice.
+    pub duplicated: u64,
+    /// Frames changed.
+    pub corrupted: u64,
+    /// Frames held back.
+    pub reordered: u64,
+}
+
+/// A device around another one. May only be used from the thread that uses that.
+#[derive(Debug)]
+pub struct FaultyDevice<D> {
+    inner: D,
+    faults: Faults,
+    random: fastrand::Rng,
+    /// Frames held back, each with how many bursts it has to wait still.
+    held: VecDeque<(u32, Vec<u8>)>,
+    done: Done,
+}
+
+impl<D: Device> FaultyDevice<D> {
+    /// Wraps `inner`.
+    pub fn new(inner: D, faults: Faults) -> Self {
+        let random = fastrand::Rng::with_seed(faults.seed);
+        Self {
+            inner,
+            faults,
+            random,
+            held: VecDeque::new(),
+            done: Done::default(),
+        }
+    }
+
+    /// What was done to frames so far.
+    pub fn done(&self) -> Done {
+        self.done
+    }
+}
+
+impl<D: Device> Device for FaultyDevice<D> {
+    fn capabilities(&self) -> &Capabilities {
+        self.inner.capabilities()
+    }
+
+    fn rx_burst(&mut self, on_frame: &mut dyn FnMut(View<'_>)) -> usize {
+        let Self {
+            inner,
+            faults,
+            random,
+            held,
+            done,
+        } = self;
+        let mut delivered = 0;
+        for _ in 0..held.len() {
+            let (wait, frame) = held.pop_front().expect("counted just now");
+            if wait == 0 {
+                on_frame(View::from(&frame[..]));
+                delivered += 1;
+            } else {
+                held.push_back((wait - 1, frame));
+            }
+        }
+        inner.rx_burst(&mut |view| {
+            let mut hit = |thousandths| random.u32(0..1000) < thousandths;
+            let (lost, twice) = (hit(faults.loss), hit(faults.duplication));
+            let (corrupt, late) = (hit(faults.corruption), hit(faults.reordering));
+            if lost {
+                done.lost += 1;
+                return;
+            }
+            let mut frame = vec![0; view.len()];
+            view.copy_to(&mut frame);
+            if corrupt && !frame.is_empty() {
+                done.corrupted += 1;
+                for _ in 0..random.u32(1..=4) {
+                    let byte = random.usize(0..frame.len());
+                    frame[byte] ^= 1 << random.u32(0..8);
+                }
+            }
+            for _ in 0..1 + u32::from(twice) {
+                if late {
+                    held.push_back((random.u32(1..40), frame.clone()));
+                } else {
+                    on_frame(View::from(&frame[..]));
+                    delivered += 1;
+                }
+            }
+            done.duplicated += u64::from(twice);
+            done.reordered += u64::from(late);
+        });
+        delivered
+    }
+
+    fn tx_burst(&mut self, frames: &[TxFrame]) -> usize {
+        self.inner.tx_burst(frames)
+    }
+
+    fn attach(&mut self, lease: Lease) -> Result<Attachment, AttachError> {
+        self.inner.attach(lease)
+    }
+
+    fn detach(&mut self, attachment: Attachment) -> bool {
+        self.inner.detach(attachment)
+    }
+
+    fn reap(&mut self) {
+        self.inner.reap();
+    }
+
+    fn counters(&self) -> Counters {
+        self.inner.counters()
+    }
+
+    fn copies(&self) -> Copies {
+        self.inner.copies()
+    }
+
+    fn link_up(&self) -> bool {
+        self.inner.link_up()
+    }
+}

@@ -21,8 +21,20 @@ pub struct Full<T>(pub T);
 /// The sending end. Belongs to one thread at a time.
 #[derive(Debug)]
 pub struct Sender<T> {
+    // Dropped in this order: the receiver must find the ring abandoned when the
+    // farewell wakes it.
     ring: rtrb::Producer<T>,
-    bell: Arc<Bell>,
+    bell: Farewell,
+}
+
+/// Wakes the receiver when the sender is gone: nothing more will come.
+#[derive(Debug)]
+struct Farewell(Arc<Bell>);
+
+impl Drop for Farewell {
+    fn drop(&mut self) {
+        self.0.ring();
+    }
 }
 
 /// The receiving end. Belongs to one thread at a time.
@@ -42,10 +54,19 @@ struct Bell {
 pub fn ring<T>(capacity: usize) -> rustix::io::Result<(Sender<T>, Receiver<T>)> {
     let (producer, consumer) = rtrb::RingBuffer::new(capacity);
     let eventfd = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
-    let bell = Arc::new(Bell { handshake: Handshake::new(), eventfd });
+    let bell = Arc::new(Bell {
+        handshake: Handshake::new(),
+        eventfd,
+    });
     Ok((
-        Sender { ring: producer, bell: Arc::clone(&bell) },
-        Receiver { ring: consumer, bell },
+        Sender {
+            ring: producer,
+            bell: Farewell(Arc::clone(&bell)),
+        },
+        Receiver {
+            ring: consumer,
+            bell,
+        },
     ))
 }
 
@@ -54,7 +75,7 @@ impl<T> Sender<T> {
     pub fn try_send(&mut self, value: T) -> Result<(), Full<T>> {
         match self.ring.push(value) {
             Ok(()) => {
-                self.bell.ring_if_asleep();
+                self.bell.0.ring_if_asleep();
                 Ok(())
             }
             Err(rtrb::PushError::Full(value)) => Err(Full(value)),
@@ -64,13 +85,6 @@ impl<T> Sender<T> {
     /// Whether the receiver is gone.
     pub fn is_abandoned(&self) -> bool {
         self.ring.is_abandoned()
-    }
-}
-
-impl<T> Drop for Sender<T> {
-    fn drop(&mut self) {
-        // A receiver that sleeps must learn that nothing more will come.
-        self.bell.ring();
     }
 }
 
@@ -109,7 +123,10 @@ impl<T> Receiver<T> {
     /// Sleeps until a value is there, the sender is gone, or `limit` is over.
     pub fn wait(&mut self, limit: Duration) {
         if self.prepare_sleep() {
-            let limit = Timespec::try_from(limit).unwrap_or(Timespec { tv_sec: 3600, tv_nsec: 0 });
+            let limit = Timespec::try_from(limit).unwrap_or(Timespec {
+                tv_sec: 3600,
+                tv_nsec: 0,
+            });
             let mut fds = [PollFd::new(&self.bell.eventfd, PollFlags::IN)];
             // EINTR only ends the sleep early; callers look at the ring again.
             let _ = rustix::event::poll(&mut fds, Some(&limit));
@@ -137,7 +154,10 @@ pub struct Outbox<T> {
 impl<T> Outbox<T> {
     /// Wraps a sending end.
     pub fn new(sender: Sender<T>) -> Self {
-        Self { sender, backlog: VecDeque::new() }
+        Self {
+            sender,
+            backlog: VecDeque::new(),
+        }
     }
 
     /// Sends a value now, or at a later [`Outbox::flush`].
@@ -186,6 +206,22 @@ mod tests {
         assert_eq!(sender.try_send("b"), Err(Full("b")));
         assert_eq!(receiver.try_recv(), Some("a"));
         assert_eq!(receiver.try_recv(), None);
+    }
+
+    #[test]
+    fn a_receiver_that_sleeps_learns_that_the_sender_is_gone() {
+        for _ in 0..200 {
+            let (sender, mut receiver) = ring::<u8>(1).unwrap();
+            let thread = std::thread::spawn(move || {
+                while !receiver.is_closed() {
+                    // Long enough that a missed farewell fails the test run.
+                    receiver.wait(Duration::from_secs(600));
+                }
+            });
+            std::thread::yield_now();
+            drop(sender);
+            thread.join().unwrap();
+        }
     }
 
     #[test]

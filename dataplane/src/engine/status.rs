@@ -58,7 +58,10 @@ pub struct Status(Arc<Mutex<Snapshot>>);
 impl Status {
     /// The latest snapshot.
     pub fn snapshot(&self) -> Snapshot {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.0
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
     }
 
     /// Leaves a snapshot, unless somebody reads right now: the engine never waits.

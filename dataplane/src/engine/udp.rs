@@ -1,11 +1,54 @@
-//! The engine that speaks Genie's UDP protocol over a [`Device`](crate::device::Device).
+//! The engine that speaks Genie's UDP protocol over a [`Device`].
+//!
+//! One thread owns the device, the link and every session's protocol state;
+//! nothing in it is shared. [`Engine::run`] is the whole of what it does.
 
 #![forbid(unsafe_code)]
 
-use std::net::IpAddr;
+mod session;
 
-use genie_proto::SessionId;
+use std::collections::HashMap;
+use std::net::{IpAddr, SocketAddr};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use genie_proto::{SessionId, Time, wire};
 use serde::{Deserialize, Serialize};
+
+use super::frame::{self, Head, Parsed};
+use super::idle::Idle;
+use super::link::Link;
+use super::{Command, Completion, FailReason, OpenError, OperationId, Outbox, Receiver, Status};
+use crate::device::{BURST_MAX, Device, HEAD_MAX, TxFrame};
+use crate::endpoint::{Endpoint, EnginePorts, Running};
+use crate::memory::View;
+use session::Session;
+
+/// How an engine is set up.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// Addresses it answers for on the device's link; none: the link-local one.
+    pub addresses: Vec<IpAddr>,
+    /// UDP port it listens on and sends from.
+    pub port: u16,
+    /// How long a path may stay unanswered before it counts as lost, and how
+    /// long opening one may take.
+    pub liveness: Duration,
+    /// Scheduling priority of its thread: positive gives way to the control
+    /// plane, which otherwise waits for milliseconds on a machine of two cores.
+    pub nice: i32,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            addresses: Vec::new(),
+            port: 5556,
+            liveness: Duration::from_secs(2),
+            nice: 10,
+        }
+    }
+}
 
 /// What a peer must know to reach this engine; travels in the control plane.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -29,4 +72,456 @@ pub struct Remote {
     pub local: Local,
     /// The session id it chose.
     pub session: SessionId,
+}
+
+/// Why an engine did not start.
+#[derive(Debug, thiserror::Error)]
+pub enum SpawnError<E: std::error::Error + 'static> {
+    /// The device could not be opened.
+    #[error("cannot open the device")]
+    Device(#[source] E),
+    /// The kernel refused a thread or a descriptor.
+    #[error("cannot start the engine's thread")]
+    Thread(#[source] std::io::Error),
+    /// The thread ended before it said anything.
+    #[error("the engine's thread ended while it opened the device")]
+    Died,
+}
+
+/// Starts an engine on a thread of its own, which opens the device with `open`.
+pub fn spawn<D, E>(
+    config: Config,
+    open: impl FnOnce() -> Result<D, E> + Send + 'static,
+) -> Result<(Running, Local), SpawnError<E>>
+where
+    D: Device + 'static,
+    E: std::error::Error + Send + 'static,
+{
+    let (endpoint, completions, ports, lost) =
+        Endpoint::new().map_err(|errno| SpawnError::Thread(errno.into()))?;
+    let status = Status::default();
+    let (opened, answer) = std::sync::mpsc::channel();
+    let engine_status = status.clone();
+    let body = move || {
+        let device = match open() {
+            Ok(device) => device,
+            Err(error) => return drop(opened.send(Err(error))),
+        };
+        lower_priority(config.nice);
+        let engine = Engine::new(config, device, ports, engine_status);
+        let _ = opened.send(Ok(engine.local()));
+        engine.run();
+    };
+    let thread = thread::Builder::new()
+        .name("genie-udp".into())
+        .spawn(body)
+        .map_err(SpawnError::Thread)?;
+    match answer.recv() {
+        Ok(Ok(local)) => Ok((
+            Running {
+                endpoint,
+                completions,
+                lost,
+                status,
+                thread,
+            },
+            local,
+        )),
+        Ok(Err(error)) => Err(SpawnError::Device(error)),
+        Err(_) => Err(SpawnError::Died),
+    }
+}
+
+fn lower_priority(nice: i32) {
+    // On Linux the "process" of setpriority is a thread.
+    if let Err(error) = rustix::process::setpriority_process(Some(rustix::thread::gettid()), nice) {
+        tracing::warn!(%error, nice, "cannot change the engine's priority");
+    }
+}
+
+struct Engine<D> {
+    device: D,
+    commands: Receiver<Command>,
+    core: Core,
+}
+
+/// All of an engine but its device and its commands.
+struct Core {
+    config: Config,
+    link: Link,
+    sessions: HashMap<SessionId, Session>,
+    /// Frames the device has not taken yet: the first `sent` of them it has.
+    frames: Vec<TxFrame>,
+    sent: usize,
+    /// Answers to ARP and neighbour discovery, bounded by [`ANSWERS_MAX`].
+    answers: Vec<Head>,
+    outbox: Outbox<Completion>,
+    /// Frames that belong to no session or are not understood.
+    dropped: u64,
+    totals: Totals,
+    status: Status,
+    published: Time,
+    started: Instant,
+    stopping: bool,
+}
+
+/// Counts over all sessions, ended ones included.
+#[derive(Debug, Default)]
+struct Totals {
+    /// Tensor bytes sent and verified, each once.
+    sent_bytes: u64,
+    /// Tensor bytes received and verified, each once.
+    received_bytes: u64,
+    /// Bytes copied out of packets by sessions that have ended.
+    placed_bytes: u64,
+}
+
+/// More unanswered questions than this at once are somebody's flood.
+const ANSWERS_MAX: usize = 64;
+
+impl<D: Device> Engine<D> {
+    fn new(config: Config, device: D, ports: EnginePorts, status: Status) -> Self {
+        let link = Link::new(device.capabilities().mac, config.addresses.clone());
+        let core = Core {
+            config,
+            link,
+            sessions: HashMap::new(),
+            frames: Vec::with_capacity(BURST_MAX),
+            sent: 0,
+            answers: Vec::with_capacity(ANSWERS_MAX),
+            outbox: Outbox::new(ports.completions),
+            dropped: 0,
+            totals: Totals::default(),
+            status,
+            published: Time::default(),
+            started: Instant::now(),
+            stopping: false,
+        };
+        Self {
+            device,
+            commands: ports.commands,
+            core,
+        }
+    }
+
+    fn local(&self) -> Local {
+        let capabilities = self.device.capabilities();
+        Local {
+            driver: capabilities.driver.clone(),
+            addresses: self.core.link.addresses().to_vec(),
+            port: self.core.config.port,
+            mtu: capabilities.mtu,
+            credit: credit(capabilities.rx_descriptors),
+        }
+    }
+
+    fn run(mut self) {
+        let mut idle = Idle::new();
+        while !self.is_finished() {
+            let now = self.core.now();
+            let mut busy = self.take_commands(now);
+            busy |= self.receive(now);
+            self.handle_timeouts(now);
+            busy |= self.transmit(now);
+            self.settle(now);
+            self.publish(now);
+            idle.rest(busy, now, self.next_deadline(), &mut self.commands);
+        }
+    }
+
+    fn is_finished(&self) -> bool {
+        self.core.stopping && self.core.sessions.is_empty() && self.core.outbox.is_empty()
+    }
+
+    fn take_commands(&mut self, now: Time) -> bool {
+        let mut any = false;
+        for _ in 0..BURST_MAX {
+            let Some(command) = self.commands.try_recv() else {
+                self.core.stopping |= self.commands.is_closed();
+                break;
+            };
+            any = true;
+            self.handle_command(now, command);
+        }
+        if self.core.stopping {
+            self.core
+                .sessions
+                .values_mut()
+                .for_each(|session| session.close());
+        }
+        any
+    }
+
+    fn handle_command(&mut self, now: Time, command: Command) {
+        let Self { device, core, .. } = self;
+        match command {
+            Command::Open {
+                operation,
+                session,
+                remote: super::Remote::Udp(remote),
+            } => {
+                let capabilities = device.capabilities();
+                let own = session::Own {
+                    mtu: capabilities.mtu,
+                    credit: credit(capabilities.rx_descriptors),
+                };
+                core.open(now, operation, session, remote, own);
+            }
+            Command::Open { operation, .. } => {
+                let result = Err(OpenError::NoCommonAddress);
+                core.outbox.push(Completion::Opened { operation, result });
+            }
+            Command::Receive {
+                operation,
+                session,
+                transfer,
+                into,
+            } => match core.sessions.get_mut(&session) {
+                Some(session) => session.receive(operation, transfer, into, &mut core.outbox),
+                None => core.refuse(operation, FailReason::Closed),
+            },
+            Command::Send {
+                operation,
+                session,
+                transfer,
+                from,
+            } => match core.sessions.get_mut(&session) {
+                Some(session) => {
+                    session.send(operation, transfer, from, device, &mut core.outbox);
+                }
+                None => core.refuse(operation, FailReason::Closed),
+            },
+            Command::Cancel {
+                session,
+                transfer,
+                outgoing,
+            } => {
+                if let Some(session) = core.sessions.get_mut(&session) {
+                    session.cancel(transfer, outgoing);
+                }
+            }
+            Command::Close { session } => {
+                if let Some(session) = core.sessions.get_mut(&session) {
+                    session.close();
+                }
+            }
+            Command::Stop => core.stopping = true,
+        }
+    }
+
+    fn receive(&mut self, now: Time) -> bool {
+        let Self { device, core, .. } = self;
+        let mut any = false;
+        // Two bursts, so that acknowledgements are made for more packets at
+        // once, but commands and transmission are not kept waiting.
+        for _ in 0..2 {
+            let count = device.rx_burst(&mut |frame| core.handle_frame(now, frame));
+            any |= count > 0;
+            if count < BURST_MAX {
+                break;
+            }
+        }
+        any
+    }
+
+    fn handle_timeouts(&mut self, now: Time) {
+        let core = &mut self.core;
+        for session in core.sessions.values_mut() {
+            session.handle_timeout(now, &mut core.link, &mut core.answers);
+        }
+    }
+
+    fn transmit(&mut self, now: Time) -> bool {
+        let Self { device, core, .. } = self;
+        if core.sent == core.frames.len() {
+            core.fill_frames(now);
+        }
+        if core.frames.is_empty() {
+            return false;
+        }
+        core.sent += device.tx_burst(&core.frames[core.sent..]);
+        true
+    }
+
+    /// Completes what ended and gives memory back that nothing refers to any more.
+    fn settle(&mut self, now: Time) {
+        let Self { device, core, .. } = self;
+        let copying = session::Copying::of(device.capabilities());
+        let mut reaped = false;
+        for session in core.sessions.values_mut() {
+            session.take_events(now, copying, &mut core.totals, &mut core.outbox);
+            if session.is_detaching() {
+                if !std::mem::replace(&mut reaped, true) {
+                    device.reap();
+                }
+                session.detach(device, &mut core.outbox);
+            }
+        }
+        core.remove_ended(now);
+        core.outbox.flush();
+    }
+
+    fn next_deadline(&self) -> Option<Time> {
+        self.core
+            .sessions
+            .values()
+            .filter_map(Session::next_timeout)
+            .min()
+    }
+
+    fn publish(&mut self, now: Time) {
+        let Self { device, core, .. } = self;
+        if now.since(core.published) < super::status::PUBLISH_EVERY {
+            return;
+        }
+        core.published = now;
+        core.status.publish(|snapshot| {
+            snapshot.driver.clone_from(&device.capabilities().driver);
+            snapshot.port = Some(device.counters());
+            snapshot.dropped = core.dropped;
+            snapshot.sent_bytes = core.totals.sent_bytes;
+            snapshot.received_bytes = core.totals.received_bytes;
+            snapshot.copies = device.copies();
+            snapshot.copies.genie += core.totals.placed_bytes;
+            snapshot.sessions.clear();
+            for session in core.sessions.values() {
+                snapshot.copies.genie += session.placed_bytes();
+                snapshot.sessions.push(session.snapshot());
+            }
+        });
+    }
+}
+
+/// Packets a peer may have in flight: half the receive ring, so that two
+/// peers that fill theirs at once, and our own late polling, lose nothing.
+fn credit(rx_descriptors: u16) -> u16 {
+    (rx_descriptors / 2).max(1)
+}
+
+impl Core {
+    fn now(&self) -> Time {
+        Time(self.started.elapsed().as_nanos() as u64)
+    }
+
+    fn open(
+        &mut self,
+        now: Time,
+        operation: OperationId,
+        id: SessionId,
+        remote: Remote,
+        own: session::Own,
+    ) {
+        let Some((address, peer)) = self.link.choose(&remote.local.addresses) else {
+            let result = Err(OpenError::NoCommonAddress);
+            return self.outbox.push(Completion::Opened { operation, result });
+        };
+        let address = SocketAddr::new(address, self.config.port);
+        let peer = SocketAddr::new(peer, remote.local.port);
+        let opening = session::Opening {
+            operation,
+            own: address,
+            peer,
+            limit: self.config.liveness,
+        };
+        let session = Session::new(now, id, &remote, opening, own);
+        if let Some(mut replaced) = self.sessions.insert(id, session) {
+            // Ids are chosen by one endpoint, which never repeats an open one.
+            replaced.close();
+            tracing::error!(?id, "a session was opened twice");
+        }
+    }
+
+    fn refuse(&mut self, operation: OperationId, reason: FailReason) {
+        self.outbox.push(Completion::Transferred {
+            operation,
+            result: Err(reason),
+        });
+    }
+
+    fn handle_frame(&mut self, now: Time, frame: View<'_>) {
+        let mut head = [0; frame::HEADERS_MAX];
+        let have = frame.copy_to(&mut head);
+        match frame::parse(&head[..have], frame.len()) {
+            Parsed::Datagram(datagram) if self.is_mine(datagram.to) => {
+                let payload = datagram.payload_at..datagram.payload_at + datagram.payload_len;
+                match frame.slice(payload) {
+                    Some(payload) => self.handle_datagram(now, datagram.from, payload),
+                    None => self.dropped += 1,
+                }
+            }
+            Parsed::Other => self.handle_other(frame),
+            Parsed::Datagram(_) | Parsed::Bad => self.dropped += 1,
+        }
+    }
+
+    fn is_mine(&self, address: SocketAddr) -> bool {
+        address.port() == self.config.port && self.link.addresses().contains(&address.ip())
+    }
+
+    fn handle_datagram(&mut self, now: Time, from: SocketAddr, datagram: View<'_>) {
+        let mut header = [0; wire::HEADER_LEN];
+        let have = datagram.copy_to(&mut header);
+        let session = wire::peek_session(&header[..have]);
+        match session.and_then(|id| self.sessions.get_mut(&id)) {
+            Some(session) if session.is_from(from) => {
+                session.handle_datagram(now, &header[..have], datagram);
+            }
+            _ => self.dropped += 1,
+        }
+    }
+
+    fn handle_other(&mut self, frame: View<'_>) {
+        let mut bytes = [0; HEAD_MAX];
+        if frame.len() > bytes.len() || self.answers.len() == ANSWERS_MAX {
+            self.dropped += 1;
+            return;
+        }
+        let have = frame.copy_to(&mut bytes);
+        self.answers.extend(self.link.handle(&bytes[..have]));
+    }
+
+    /// Fills the transmit burst: answers on the link first, then each session's share.
+    fn fill_frames(&mut self, now: Time) {
+        self.frames.clear();
+        self.sent = 0;
+        while let Some(head) = self.answers.pop() {
+            self.frames.push(TxFrame {
+                head,
+                payload: None,
+            });
+            if self.frames.len() == BURST_MAX {
+                return;
+            }
+        }
+        let room = BURST_MAX - self.frames.len();
+        let share = (room / self.sessions.len().max(1)).max(1);
+        for session in self.sessions.values_mut() {
+            for _ in 0..share.min(BURST_MAX - self.frames.len()) {
+                let Some(frame) = session.poll_transmit(now) else {
+                    break;
+                };
+                self.frames.push(frame);
+            }
+        }
+    }
+
+    /// Forgets sessions that have ended and hold nothing any more.
+    fn remove_ended(&mut self, now: Time) {
+        let Self {
+            sessions,
+            link,
+            totals,
+            ..
+        } = self;
+        sessions.retain(|_, session| {
+            let keep = !session.is_finished(now);
+            if !keep {
+                totals.placed_bytes += session.placed_bytes();
+                link.forget(session.peer());
+            }
+            keep
+        });
+        // A neighbour that another session still uses is asked for again only
+        // when that one is opened anew: its flow has the address already.
+    }
 }

@@ -33,17 +33,27 @@ impl Lease {
     pub fn new(region: Arc<Region>, offset: u64, len: u64) -> Result<Self, OutOfBounds> {
         let region_len = region.len() as u64;
         match offset.checked_add(len) {
-            Some(end) if end <= region_len => {
-                Ok(Self { region, offset: offset as usize, len: len as usize })
-            }
-            _ => Err(OutOfBounds { offset, len, region_len }),
+            Some(end) if end <= region_len => Ok(Self {
+                region,
+                offset: offset as usize,
+                len: len as usize,
+            }),
+            _ => Err(OutOfBounds {
+                offset,
+                len,
+                region_len,
+            }),
         }
     }
 
     /// Takes a hold on all of `region`.
     pub fn whole(region: Arc<Region>) -> Self {
         let len = region.len();
-        Self { region, offset: 0, len }
+        Self {
+            region,
+            offset: 0,
+            len,
+        }
     }
 
     /// Length in bytes.
@@ -162,7 +172,11 @@ impl Lease {
 
     fn target(&self, offset: usize, len: usize) -> *mut u8 {
         let fits = offset.checked_add(len).is_some_and(|end| end <= self.len);
-        assert!(fits, "{len} bytes at {offset} lie outside a lease of {} bytes", self.len);
+        assert!(
+            fits,
+            "{len} bytes at {offset} lie outside a lease of {} bytes",
+            self.len
+        );
         // SAFETY: offset <= self.len, which lies in the mapping.
         unsafe { self.as_ptr().add(offset) }
     }

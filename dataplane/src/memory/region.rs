@@ -21,9 +21,13 @@ pub enum Backing {
 
 impl Backing {
     /// 2 MiB huge pages.
-    pub const HUGE_2M: Backing = Backing::HugeTlb { page_bytes: 2 << 20 };
+    pub const HUGE_2M: Backing = Backing::HugeTlb {
+        page_bytes: 2 << 20,
+    };
     /// 1 GiB huge pages.
-    pub const HUGE_1G: Backing = Backing::HugeTlb { page_bytes: 1 << 30 };
+    pub const HUGE_1G: Backing = Backing::HugeTlb {
+        page_bytes: 1 << 30,
+    };
 
     /// Size of one page in bytes.
     pub fn page_bytes(&self) -> usize {
@@ -105,11 +109,14 @@ impl Region {
             Backing::HugeTlb { .. } => MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB,
         };
         let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING | huge;
-        let created = |source| RegionError::Create { len_bytes, backing, source };
+        let created = |source| RegionError::Create {
+            len_bytes,
+            backing,
+            source,
+        };
         let file = rustix::fs::memfd_create("genie", flags).map_err(created)?;
         rustix::fs::ftruncate(&file, len as u64).map_err(created)?;
-        rustix::fs::fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW)
-            .map_err(created)?;
+        rustix::fs::fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW).map_err(created)?;
         Self::map(file, len, backing)
     }
 
@@ -138,7 +145,9 @@ impl Region {
         let stat = rustix::fs::fstat(&file).map_err(RegionError::NotMemfd)?;
         let system = rustix::fs::fstatfs(&file).map_err(RegionError::NotMemfd)?;
         let backing = if system.f_type == libc::HUGETLBFS_MAGIC {
-            Backing::HugeTlb { page_bytes: system.f_bsize as usize }
+            Backing::HugeTlb {
+                page_bytes: system.f_bsize as usize,
+            }
         } else {
             Backing::Shmem
         };
@@ -150,7 +159,11 @@ impl Region {
     }
 
     fn map(file: OwnedFd, len: usize, backing: Backing) -> Result<Arc<Self>, RegionError> {
-        let mapped = |source| RegionError::Map { len_bytes: len, backing, source };
+        let mapped = |source| RegionError::Map {
+            len_bytes: len,
+            backing,
+            source,
+        };
         // Populated now, so that no page fault falls into a transfer, and so
         // that a pool of huge pages too small is an error here, not a SIGBUS.
         let flags = MapFlags::SHARED | MapFlags::POPULATE;
@@ -159,7 +172,12 @@ impl Region {
         let base = unsafe { rustix::mm::mmap(std::ptr::null_mut(), len, prot, flags, &file, 0) }
             .map_err(mapped)?;
         let base = NonNull::new(base.cast::<u8>()).expect("mmap without MAP_FIXED is not null");
-        Ok(Arc::new(Self { base, len, backing, file }))
+        Ok(Arc::new(Self {
+            base,
+            len,
+            backing,
+            file,
+        }))
     }
 
     /// Length in bytes; whole pages.
@@ -188,8 +206,7 @@ impl Region {
     /// Mappings made before stay writable. Called after an application has
     /// mapped its arena.
     pub fn seal(&self) -> Result<(), rustix::io::Errno> {
-        let seals =
-            SealFlags::SHRINK | SealFlags::GROW | SealFlags::FUTURE_WRITE | SealFlags::SEAL;
+        let seals = SealFlags::SHRINK | SealFlags::GROW | SealFlags::FUTURE_WRITE | SealFlags::SEAL;
         rustix::fs::fcntl_add_seals(&self.file, seals)
     }
 }
@@ -216,7 +233,10 @@ mod tests {
 
     #[test]
     fn lengths_are_whole_pages_and_never_zero() {
-        assert!(matches!(Region::with_backing(0, Backing::Shmem), Err(RegionError::Size(0))));
+        assert!(matches!(
+            Region::with_backing(0, Backing::Shmem),
+            Err(RegionError::Size(0))
+        ));
         assert!(Region::with_backing(usize::MAX, Backing::Shmem).is_err());
         let region = Region::with_backing(5000, Backing::Shmem).unwrap();
         assert_eq!(region.len(), 8192);
@@ -226,13 +246,19 @@ mod tests {
     fn a_file_that_could_shrink_is_refused() {
         let file = rustix::fs::memfd_create("t", MemfdFlags::ALLOW_SEALING).unwrap();
         rustix::fs::ftruncate(&file, 4096).unwrap();
-        assert!(matches!(Region::from_memfd(file), Err(RegionError::NotSealed("shrinking"))));
+        assert!(matches!(
+            Region::from_memfd(file),
+            Err(RegionError::NotSealed("shrinking"))
+        ));
     }
 
     #[test]
     fn a_file_that_is_no_memfd_is_refused() {
         let file = OwnedFd::from(std::fs::File::open("/dev/null").unwrap());
-        assert!(matches!(Region::from_memfd(file), Err(RegionError::NotMemfd(_))));
+        assert!(matches!(
+            Region::from_memfd(file),
+            Err(RegionError::NotMemfd(_))
+        ));
     }
 
     #[test]
@@ -240,7 +266,10 @@ mod tests {
         let region = Region::with_backing(4096, Backing::Shmem).unwrap();
         region.seal().unwrap();
         let copy = region.as_fd().try_clone_to_owned().unwrap();
-        assert!(matches!(Region::from_memfd(copy), Err(RegionError::Map { .. })));
+        assert!(matches!(
+            Region::from_memfd(copy),
+            Err(RegionError::Map { .. })
+        ));
         assert!(rustix::fs::ftruncate(region.as_fd(), 0).is_err());
     }
 }

@@ -20,7 +20,11 @@ impl<'a> View<'a> {
     /// # Safety
     /// `base..base + len` must be readable for the whole of `'a`.
     pub unsafe fn from_raw(base: *const u8, len: usize) -> Self {
-        Self { base, len, owner: PhantomData }
+        Self {
+            base,
+            len,
+            owner: PhantomData,
+        }
     }
 
     /// Length in bytes.
@@ -41,7 +45,11 @@ impl<'a> View<'a> {
         // SAFETY: `range.start <= self.len`, so the result stays in, or one
         // past the end of, the same readable run.
         let base = unsafe { self.base.add(range.start) };
-        Some(View { base, len: range.end - range.start, owner: PhantomData })
+        Some(View {
+            base,
+            len: range.end - range.start,
+            owner: PhantomData,
+        })
     }
 
     /// Copies the first bytes into `into`; returns how many there were.
@@ -61,7 +69,11 @@ impl<'a> View<'a> {
 
 impl<'a> From<&'a [u8]> for View<'a> {
     fn from(bytes: &'a [u8]) -> Self {
-        Self { base: bytes.as_ptr(), len: bytes.len(), owner: PhantomData }
+        Self {
+            base: bytes.as_ptr(),
+            len: bytes.len(),
+            owner: PhantomData,
+        }
     }
 }
 

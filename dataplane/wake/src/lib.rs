@@ -34,7 +34,9 @@ pub struct Handshake {
 impl Handshake {
     /// Creates a handshake whose consumer is awake.
     pub fn new() -> Self {
-        Self { sleeping: AtomicBool::new(false) }
+        Self {
+            sleeping: AtomicBool::new(false),
+        }
     }
 
     /// Consumer: announces that it is about to sleep.
@@ -81,8 +83,11 @@ mod model {
             let ring = Arc::new(AtomicUsize::new(0));
             let signals = Arc::new(AtomicUsize::new(0));
             let producer = {
-                let (handshake, ring, signals) =
-                    (Arc::clone(&handshake), Arc::clone(&ring), Arc::clone(&signals));
+                let (handshake, ring, signals) = (
+                    Arc::clone(&handshake),
+                    Arc::clone(&ring),
+                    Arc::clone(&signals),
+                );
                 thread::spawn(move || {
                     ring.store(1, Ordering::Release);
                     if handshake.must_wake() {

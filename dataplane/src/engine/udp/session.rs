@@ -1,0 +1,643 @@
+//! One session of the UDP engine: protocol state, flow, and the leases it moves.
+//!
+//! ```text
+//!  Resolving ──neighbour answers──▶ Probing ──probe answered──▶ Open
+//!      │                              │                          │
+//!      └──────── limit is over ───────┴────────┬─────────────────┘ lost or closed
+//!                                              ▼
+//!                                            Ended
+//! ```
+//! A session that has ended stays until the device has given every lease back.
+
+use std::collections::HashMap;
+use std::net::{IpAddr, SocketAddr};
+use std::time::Duration;
+
+use genie_proto::{Connection, Event, Segment, SessionId, Time, TransferId, connection, wire};
+
+use super::{Remote, Totals};
+use crate::device::{AttachError, Attachment, Capabilities, Device, Payload, TxFrame};
+use crate::engine::frame::{self, End, Flow, Head};
+use crate::engine::link::Link;
+use crate::engine::{
+    Completion, FailReason, OpenError, OperationId, Outbox, Receipt, SessionSnapshot,
+};
+use crate::ledger::Copies;
+use crate::memory::{Lease, View};
+
+/// The protocol sees datagrams up to this length whole, of longer ones, which
+/// can only be data, the header.
+const DATAGRAM_WHOLE: usize = wire::HEADER_LEN + wire::CONTROL_MAX;
+
+/// How often a neighbour is asked for its address until it answers.
+const ASK_EVERY: Duration = Duration::from_millis(50);
+
+/// The application's reason code of a close, of which there is one kind.
+const CLOSED_BY_USER: u16 = 0;
+
+/// How long an ended session waits for a device that takes no frames to take
+/// the one that tells the peer.
+const GOODBYE_LIMIT: Duration = Duration::from_millis(100);
+
+pub(super) struct Session {
+    id: SessionId,
+    connection: Connection,
+    peer: SocketAddr,
+    flow: Option<Flow>,
+    state: State,
+    incoming: HashMap<TransferId, Incoming>,
+    outgoing: HashMap<TransferId, Outgoing>,
+    detaching: Vec<Detaching>,
+    placed_bytes: u64,
+}
+
+enum State {
+    Resolving {
+        opening: Opening,
+        began: Time,
+        ask_next: Time,
+    },
+    Probing {
+        opening: Opening,
+        began: Time,
+    },
+    Open,
+    /// `told`: nothing is left to say to the peer.
+    Ended {
+        since: Time,
+        told: bool,
+    },
+}
+
+/// What opening a session needs to know.
+#[derive(Clone, Copy)]
+pub(super) struct Opening {
+    pub(super) operation: OperationId,
+    pub(super) own: SocketAddr,
+    pub(super) peer: SocketAddr,
+    pub(super) limit: Duration,
+}
+
+/// What this engine's device allows.
+#[derive(Clone, Copy)]
+pub(super) struct Own {
+    pub(super) mtu: u16,
+    pub(super) credit: u16,
+}
+
+struct Incoming {
+    operation: OperationId,
+    into: Lease,
+    /// Bytes copied out of packets, bad ones included.
+    placed: u64,
+}
+
+struct Outgoing {
+    operation: OperationId,
+    from: Lease,
+    attachment: Attachment,
+    /// Bytes handed to the device, repeated ones included.
+    handed: u64,
+}
+
+/// A transfer that ended while frames may still refer to its memory.
+struct Detaching {
+    attachment: Attachment,
+    operation: OperationId,
+    result: Result<Receipt, FailReason>,
+}
+
+/// Who copies on this device, per direction.
+#[derive(Clone, Copy)]
+pub(super) struct Copying {
+    genie_tx: bool,
+    driver_tx: bool,
+    driver_rx: bool,
+}
+
+impl Copying {
+    pub(super) fn of(capabilities: &Capabilities) -> Self {
+        Self {
+            genie_tx: !capabilities.tx_external,
+            driver_tx: capabilities.driver_copies_tx,
+            driver_rx: capabilities.driver_copies_rx,
+        }
+    }
+
+    fn sent(self, bytes: u64) -> Copies {
+        let count = |copies: bool| if copies { bytes } else { 0 };
+        Copies {
+            genie: count(self.genie_tx),
+            driver: count(self.driver_tx),
+            kernel: 0,
+        }
+    }
+
+    fn received(self, bytes: u64) -> Copies {
+        Copies {
+            genie: bytes,
+            driver: if self.driver_rx { bytes } else { 0 },
+            kernel: 0,
+        }
+    }
+}
+
+impl Session {
+    pub(super) fn new(
+        now: Time,
+        id: SessionId,
+        remote: &Remote,
+        opening: Opening,
+        own: Own,
+    ) -> Self {
+        let mtu = own.mtu.min(remote.local.mtu);
+        let config = connection::Config {
+            datagram_max: frame::udp_payload_max(mtu, opening.peer.ip()),
+            receive_credit: u32::from(own.credit),
+            remote_credit: u32::from(remote.local.credit),
+            idle_limit: opening.limit,
+            seed: fastrand::u64(..),
+            ..connection::Config::default()
+        };
+        Self {
+            id,
+            connection: Connection::new(config, id, remote.session, now),
+            peer: opening.peer,
+            flow: None,
+            state: State::Resolving {
+                opening,
+                began: now,
+                ask_next: now,
+            },
+            incoming: HashMap::new(),
+            outgoing: HashMap::new(),
+            detaching: Vec::new(),
+            placed_bytes: 0,
+        }
+    }
+
+    pub(super) fn peer(&self) -> IpAddr {
+        self.peer.ip()
+    }
+
+    pub(super) fn is_from(&self, address: SocketAddr) -> bool {
+        address == self.peer
+    }
+
+    pub(super) fn receive(
+        &mut self,
+        operation: OperationId,
+        transfer: TransferId,
+        into: Lease,
+        outbox: &mut Outbox<Completion>,
+    ) {
+        match self.connection.receive(transfer, into.len() as u64) {
+            Ok(()) => {
+                self.incoming.insert(
+                    transfer,
+                    Incoming {
+                        operation,
+                        into,
+                        placed: 0,
+                    },
+                );
+            }
+            Err(error) => refuse(operation, error.to_string(), outbox),
+        }
+    }
+
+    pub(super) fn send(
+        &mut self,
+        operation: OperationId,
+        transfer: TransferId,
+        from: Lease,
+        device: &mut dyn Device,
+        outbox: &mut Outbox<Completion>,
+    ) {
+        let attachment = match device.attach(from.clone()) {
+            Ok(attachment) => attachment,
+            Err(error @ (AttachError::Full | AttachError::Unreachable(_))) => {
+                return refuse(operation, error.to_string(), outbox);
+            }
+        };
+        match self.connection.send(transfer, from.len() as u64) {
+            Ok(()) => {
+                let outgoing = Outgoing {
+                    operation,
+                    from,
+                    attachment,
+                    handed: 0,
+                };
+                self.outgoing.insert(transfer, outgoing);
+            }
+            Err(error) => {
+                let result = Err(FailReason::Refused(error.to_string()));
+                self.detaching.push(Detaching {
+                    attachment,
+                    operation,
+                    result,
+                });
+            }
+        }
+    }
+
+    pub(super) fn cancel(&mut self, transfer: TransferId, outgoing: bool) {
+        self.connection.cancel(transfer, outgoing);
+    }
+
+    /// Begins to close: the peer is told once, what is under way fails.
+    pub(super) fn close(&mut self) {
+        if !self.connection.is_closed() {
+            self.connection.close(CLOSED_BY_USER);
+        }
+    }
+
+    pub(super) fn handle_datagram(&mut self, now: Time, header: &[u8], datagram: View<'_>) {
+        let Self {
+            connection,
+            incoming,
+            placed_bytes,
+            ..
+        } = self;
+        let place = |segment: Segment| {
+            let transfer = incoming
+                .get_mut(&segment.transfer)
+                .expect("the connection places only into transfers it was given");
+            let payload = datagram
+                .slice(wire::HEADER_LEN..wire::HEADER_LEN + segment.len as usize)
+                .expect("the connection was told the datagram's length");
+            transfer.placed += payload.len() as u64;
+            *placed_bytes += payload.len() as u64;
+            transfer.into.place(segment.offset as usize, payload)
+        };
+        if datagram.len() <= DATAGRAM_WHOLE {
+            let mut whole = [0; DATAGRAM_WHOLE];
+            let have = datagram.copy_to(&mut whole);
+            connection.handle_datagram(now, &whole[..have], datagram.len(), place);
+        } else {
+            connection.handle_datagram(now, header, datagram.len(), place);
+        }
+    }
+
+    pub(super) fn handle_timeout(&mut self, now: Time, link: &mut Link, asks: &mut Vec<Head>) {
+        if let State::Resolving {
+            opening,
+            began,
+            ask_next,
+        } = &mut self.state
+        {
+            let (own, peer) = (opening.own, opening.peer);
+            if let Some(mac) = link.neighbour(peer.ip()) {
+                let own = End {
+                    mac: link.mac(),
+                    address: own,
+                };
+                self.flow = Flow::new(own, End { mac, address: peer });
+                self.connection.probe(now);
+                self.state = State::Probing {
+                    opening: *opening,
+                    began: *began,
+                };
+            } else if *ask_next <= now {
+                asks.extend(link.request(own.ip(), peer.ip()));
+                *ask_next = now + ASK_EVERY;
+            }
+        }
+        if self.connection.poll_timeout().is_some_and(|at| at <= now) {
+            self.connection.handle_timeout(now);
+        }
+    }
+
+    pub(super) fn poll_transmit(&mut self, now: Time) -> Option<TxFrame> {
+        let Self {
+            connection,
+            outgoing,
+            flow,
+            ..
+        } = self;
+        let flow = flow.as_ref()?;
+        let crc = |segment: Segment| {
+            let start = segment.offset as usize;
+            outgoing[&segment.transfer]
+                .from
+                .crc32c(start..start + segment.len as usize)
+        };
+        let Some(transmit) = connection.poll_transmit(now, crc) else {
+            if let State::Ended { told, .. } = &mut self.state {
+                *told = true;
+            }
+            return None;
+        };
+        let mut frame = TxFrame::default();
+        let payload_len = transmit.payload.map_or(0, |segment| segment.len as usize);
+        flow.write_headers(&mut frame.head, transmit.head.len() + payload_len);
+        frame
+            .head
+            .try_extend_from_slice(&transmit.head)
+            .expect("HEAD_MAX has room for both");
+        if let Some(segment) = transmit.payload {
+            let transfer = outgoing
+                .get_mut(&segment.transfer)
+                .expect("the connection sends only transfers it was given");
+            transfer.handed += u64::from(segment.len);
+            frame.payload = Some(Payload {
+                attachment: transfer.attachment,
+                offset: segment.offset,
+                len: segment.len,
+            });
+        }
+        Some(frame)
+    }
+
+    /// Turns what the protocol reports into completions.
+    pub(super) fn take_events(
+        &mut self,
+        now: Time,
+        copying: Copying,
+        totals: &mut Totals,
+        outbox: &mut Outbox<Completion>,
+    ) {
+        while let Some(event) = self.connection.poll_event() {
+            match event {
+                Event::Received {
+                    transfer,
+                    digest,
+                    len,
+                } => {
+                    totals.received_bytes += len;
+                    self.received(transfer, outbox, |incoming| {
+                        Ok(Receipt {
+                            bytes: len,
+                            digest,
+                            retransmits: 0,
+                            copies: copying.received(incoming.placed),
+                        })
+                    });
+                }
+                Event::Sent {
+                    transfer,
+                    digest,
+                    len,
+                    retransmits,
+                } => {
+                    totals.sent_bytes += len;
+                    self.sent(transfer, |outgoing| {
+                        Ok(Receipt {
+                            bytes: len,
+                            digest,
+                            retransmits,
+                            copies: copying.sent(outgoing.handed),
+                        })
+                    });
+                }
+                Event::Failed {
+                    transfer,
+                    outgoing: true,
+                    reason,
+                } => {
+                    self.sent(transfer, |_| Err(fail_reason(reason)));
+                }
+                Event::Failed {
+                    transfer,
+                    outgoing: false,
+                    reason,
+                } => {
+                    self.received(transfer, outbox, |_| Err(fail_reason(reason)));
+                }
+                Event::PathValidated { rtt } => self.opened(rtt, outbox),
+                Event::PathLost { reason } => {
+                    self.end(now, FailReason::PathLost(reason.to_string()), outbox);
+                }
+                Event::Closed { reason } => self.end(now, close_reason(reason), outbox),
+            }
+        }
+        self.check_opening(now, outbox);
+    }
+
+    fn received(
+        &mut self,
+        transfer: TransferId,
+        outbox: &mut Outbox<Completion>,
+        result: impl FnOnce(&Incoming) -> Result<Receipt, FailReason>,
+    ) {
+        if let Some(incoming) = self.incoming.remove(&transfer) {
+            let result = result(&incoming);
+            let operation = incoming.operation;
+            // The lease goes before anybody is told that it has gone.
+            drop(incoming);
+            outbox.push(Completion::Transferred { operation, result });
+        }
+    }
+
+    fn sent(
+        &mut self,
+        transfer: TransferId,
+        result: impl FnOnce(&Outgoing) -> Result<Receipt, FailReason>,
+    ) {
+        if let Some(outgoing) = self.outgoing.remove(&transfer) {
+            let result = result(&outgoing);
+            let Outgoing {
+                attachment,
+                operation,
+                ..
+            } = outgoing;
+            self.detaching.push(Detaching {
+                attachment,
+                operation,
+                result,
+            });
+        }
+    }
+
+    fn opened(&mut self, round_trip: Duration, outbox: &mut Outbox<Completion>) {
+        if let State::Probing { opening, .. } = self.state {
+            self.state = State::Open;
+            let operation = opening.operation;
+            outbox.push(Completion::Opened {
+                operation,
+                result: Ok(round_trip),
+            });
+        }
+    }
+
+    /// Gives up opening when its limit is over.
+    fn check_opening(&mut self, now: Time, outbox: &mut Outbox<Completion>) {
+        let (opening, error) = match &self.state {
+            State::Resolving { opening, began, .. } if *began + opening.limit <= now => {
+                (*opening, OpenError::NoNeighbour(opening.peer.ip()))
+            }
+            State::Probing { opening, began } if *began + opening.limit <= now => {
+                (*opening, OpenError::NoAnswer(opening.peer))
+            }
+            _ => return,
+        };
+        let operation = opening.operation;
+        outbox.push(Completion::Opened {
+            operation,
+            result: Err(error),
+        });
+        // Without a flow there is nobody to tell; otherwise the peer learns it.
+        let told = self.flow.is_none();
+        self.state = State::Ended { since: now, told };
+        self.connection.close(CLOSED_BY_USER);
+    }
+
+    /// Ends the session: everything under way fails with `reason`.
+    fn end(&mut self, now: Time, reason: FailReason, outbox: &mut Outbox<Completion>) {
+        self.fail_transfers(reason.clone(), outbox);
+        let ended = State::Ended {
+            since: now,
+            told: self.flow.is_none(),
+        };
+        match std::mem::replace(&mut self.state, ended) {
+            State::Resolving { opening, .. } | State::Probing { opening, .. } => {
+                let result = Err(match reason {
+                    FailReason::PathLost(_) => OpenError::NoAnswer(opening.peer),
+                    other => OpenError::Refused(other.to_string()),
+                });
+                outbox.push(Completion::Opened {
+                    operation: opening.operation,
+                    result,
+                });
+            }
+            // Who closed it knows; anything else is news.
+            State::Open if reason != FailReason::Closed => {
+                outbox.push(Completion::Lost {
+                    session: self.id,
+                    reason,
+                });
+            }
+            State::Open => {}
+            State::Ended { told, since } => self.state = State::Ended { told, since },
+        }
+    }
+
+    fn fail_transfers(&mut self, reason: FailReason, outbox: &mut Outbox<Completion>) {
+        for (
+            _,
+            Incoming {
+                operation, into, ..
+            },
+        ) in self.incoming.drain()
+        {
+            drop(into);
+            outbox.push(Completion::Transferred {
+                operation,
+                result: Err(reason.clone()),
+            });
+        }
+        for (
+            _,
+            Outgoing {
+                attachment,
+                operation,
+                ..
+            },
+        ) in self.outgoing.drain()
+        {
+            self.detaching.push(Detaching {
+                attachment,
+                operation,
+                result: Err(reason.clone()),
+            });
+        }
+    }
+
+    pub(super) fn is_detaching(&self) -> bool {
+        !self.detaching.is_empty()
+    }
+
+    /// Completes the transfers whose memory no frame refers to any more.
+    pub(super) fn detach(&mut self, device: &mut dyn Device, outbox: &mut Outbox<Completion>) {
+        // The frames of a closed session are reaped like any other's, so this
+        // ends unless the device is stuck; then the lease rightly stays.
+        self.detaching.retain_mut(
+            |Detaching {
+                 attachment,
+                 operation,
+                 result,
+             }| {
+                let gone = device.detach(*attachment);
+                if gone {
+                    let result = std::mem::replace(result, Err(FailReason::Closed));
+                    outbox.push(Completion::Transferred {
+                        operation: *operation,
+                        result,
+                    });
+                }
+                !gone
+            },
+        );
+    }
+
+    /// Whether nothing is left to do or to give back.
+    pub(super) fn is_finished(&self, now: Time) -> bool {
+        let State::Ended { since, told } = self.state else {
+            return false;
+        };
+        self.detaching.is_empty() && (told || now.since(since) >= GOODBYE_LIMIT)
+    }
+
+    /// When this session next wants [`Session::handle_timeout`] or
+    /// [`Session::take_events`] although nothing arrived.
+    pub(super) fn next_timeout(&self) -> Option<Time> {
+        let opening = match &self.state {
+            State::Resolving {
+                opening,
+                began,
+                ask_next,
+            } => Some((*ask_next).min(*began + opening.limit)),
+            State::Probing { opening, began } => Some(*began + opening.limit),
+            State::Ended { since, .. } => Some(*since + GOODBYE_LIMIT),
+            State::Open => None,
+        };
+        opening
+            .into_iter()
+            .chain(self.connection.poll_timeout())
+            .min()
+    }
+
+    pub(super) fn placed_bytes(&self) -> u64 {
+        self.placed_bytes
+    }
+
+    pub(super) fn snapshot(&self) -> SessionSnapshot {
+        let stats = self.connection.stats();
+        SessionSnapshot {
+            session: self.id,
+            round_trip: stats.rtt,
+            window_bytes: Some(stats.window_bytes),
+            retransmits: stats.retransmits.total(),
+            dropped: stats.dropped(),
+            transfers: (self.incoming.len() + self.outgoing.len()) as u64,
+        }
+    }
+}
+
+fn refuse(operation: OperationId, reason: String, outbox: &mut Outbox<Completion>) {
+    let result = Err(FailReason::Refused(reason));
+    outbox.push(Completion::Transferred { operation, result });
+}
+
+fn fail_reason(reason: connection::FailReason) -> FailReason {
+    use connection::FailReason as Proto;
+    match reason {
+        Proto::DigestMismatch => FailReason::DigestMismatch,
+        Proto::Cancelled => FailReason::Cancelled,
+        Proto::CancelledByPeer => FailReason::CancelledByPeer,
+        Proto::Closed => FailReason::Closed,
+        Proto::PathLost => FailReason::PathLost("the peer does not answer".into()),
+        Proto::LengthMismatch | Proto::UnknownToPeer => FailReason::Protocol(reason.to_string()),
+    }
+}
+
+fn close_reason(reason: connection::CloseReason) -> FailReason {
+    use connection::CloseReason as Proto;
+    match reason {
+        Proto::Local(_) => FailReason::Closed,
+        Proto::Peer(_) => FailReason::PathLost(reason.to_string()),
+        Proto::Violation(_) | Proto::PacketNumbersExhausted => {
+            FailReason::Protocol(reason.to_string())
+        }
+    }
+}
