@@ -235,6 +235,15 @@ impl Connection {
         }
     }
 
+    /// Changes how many packets the peer may have in flight toward us; it learns
+    /// of it with the next ACK. Zero stops it, and raising it from zero tells it at once.
+    pub fn set_receive_credit(&mut self, packets: u32) {
+        if self.config.receive_credit == 0 && packets > 0 {
+            self.received.hasten();
+        }
+        self.config.receive_credit = packets;
+    }
+
     /// The next event; drain it after each call that takes something in.
     pub fn poll_event(&mut self) -> Option<Event> {
         self.events.pop_front()

@@ -1,6 +1,6 @@
 //! Points in time, given by the caller.
 
-use std::ops::{Add, Sub};
+use std::ops::Add;
 use std::time::Duration;
 
 /// Nanoseconds since an origin that the caller chooses and keeps; monotonic.
@@ -30,14 +30,5 @@ impl Add<Duration> for Time {
     fn add(self, span: Duration) -> Self {
         let span = u64::try_from(span.as_nanos()).unwrap_or(u64::MAX);
         Self(self.0.saturating_add(span))
-    }
-}
-
-impl Sub<Duration> for Time {
-    type Output = Self;
-
-    fn sub(self, span: Duration) -> Self {
-        let span = u64::try_from(span.as_nanos()).unwrap_or(u64::MAX);
-        Self(self.0.saturating_sub(span))
     }
 }

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use genie_proto::wire::{
-    Ack, AckRange, Body, Done, DoneAck, FLAG_FIN, HEADER_LEN, Header, Kind, Reset, Scope,
+    Ack, AckRange, Body, Done, DoneAck, FLAG_FIN, HEADER_LEN, Header, Kind, ProbeAck, Reset, Scope,
 };
 use genie_proto::{
     CloseReason, Config, Connection, Digest, DropCause, Event, FailReason, PathLostReason, Segment,
@@ -516,11 +516,51 @@ fn credit_bounds_the_packets_in_flight() {
         unreachable!()
     };
     eight.credit = 8;
+    script.number = 7;
     script.control(ID, &Body::Ack(eight));
+    script.number = 5;
+    script.control(ID, &ack(0, 1));
     while script.transmit().is_some() {
         sent += 1;
     }
     assert_eq!(sent, 2 + 8);
+}
+
+#[test]
+fn credit_that_comes_back_is_told_at_once() {
+    let mut script = Script::new();
+    script.connection.receive(ID, 128).unwrap();
+    script.connection.set_receive_credit(0);
+    script.data(ID, 0, &[1; 64], false);
+    script.now = script.now + Duration::from_millis(1);
+    let credit = |sent: Option<(Header, Option<Body>)>| match sent {
+        Some((_, Some(Body::Ack(ack)))) => Some(ack.credit),
+        _ => None,
+    };
+    assert_eq!(credit(script.transmit()), Some(0));
+    assert_eq!(script.transmit(), None);
+    script.connection.set_receive_credit(5);
+    assert_eq!(credit(script.transmit()), Some(5));
+    script.connection.set_receive_credit(6);
+    assert_eq!(script.transmit(), None, "the next ACK will do");
+}
+
+#[test]
+fn without_credit_a_sender_probes_and_goes_on_when_it_returns() {
+    let config = Config {
+        remote_credit: 0,
+        ..Config::default()
+    };
+    let mut script = Script::new();
+    script.connection = Connection::new(config, LOCAL, SessionId(1), Time(0));
+    script.connection.send(ID, 64).unwrap();
+    assert_eq!(script.transmit(), None);
+    script.now = script.connection.poll_timeout().unwrap();
+    script.connection.handle_timeout(script.now);
+    assert_eq!(script.transmit().unwrap().0.kind, Kind::Probe);
+    assert_eq!(script.transmit(), None);
+    script.control(ID, &ack(0, 0));
+    assert_eq!(script.transmit().unwrap().0.kind, Kind::Data);
 }
 
 #[test]
@@ -558,4 +598,68 @@ fn a_closed_connection_says_so_again_ever_more_rarely() {
     }
     assert_eq!(told, 1 + 6);
     assert_eq!(script.memory[..64], [0; 64]);
+}
+
+#[test]
+fn a_probe_timeout_sends_two_packets_beyond_a_full_window() {
+    let mut script = Script::new();
+    script.connection.send(ID, 1 << 20).unwrap();
+    let mut first = 0;
+    while script.transmit().is_some() {
+        first += 1;
+    }
+    assert_eq!(
+        first, 11,
+        "ten packets' bytes, the last of which began inside"
+    );
+    for timeout in 1..4 {
+        script.now = script.connection.poll_timeout().unwrap();
+        script.connection.handle_timeout(script.now);
+        let sent: Vec<_> = std::iter::from_fn(|| script.transmit()).collect();
+        assert_eq!(script.connection.stats().ptos, timeout);
+        assert_eq!(script.connection.stats().retransmits.probe, 2 * timeout);
+        let oldest = 2 * (timeout - 1) * 1408;
+        let offsets: Vec<_> = sent.iter().map(|(header, _)| header.offset).collect();
+        assert_eq!(
+            offsets,
+            [oldest, oldest + 1408],
+            "the oldest, under new numbers"
+        );
+        assert_eq!(sent[0].0.packet_number, 11 + 2 * (timeout - 1));
+    }
+}
+
+#[test]
+fn a_packet_that_comes_twice_is_taken_once() {
+    let mut script = Script::new();
+    script.connection.receive(ID, 128).unwrap();
+    script.data(ID, 0, &[1; 64], false);
+    script.number -= 1;
+    script.data(ID, 64, &[2; 64], true);
+    assert_eq!(script.drops(DropCause::DuplicatePacket), 1);
+    assert_eq!(script.memory[64..128], [0; 64]);
+    assert_eq!(script.connection.stats().packets_received, 1);
+}
+
+#[test]
+fn silence_is_probed_before_the_path_is_given_up() {
+    let mut script = Script::new();
+    script.connection.receive(ID, 128).unwrap();
+    assert_eq!(script.transmit(), None);
+    script.now = script.connection.poll_timeout().unwrap();
+    assert_eq!(script.now, Time(500_000_000));
+    script.connection.handle_timeout(script.now);
+    let (header, body) = script.transmit().unwrap();
+    assert_eq!(header.kind, Kind::Probe);
+    let Some(Body::Probe(probe)) = body else {
+        unreachable!()
+    };
+    // The answer starts the count again.
+    script.now = script.now + Duration::from_millis(1);
+    script.control(ID, &ack(header.packet_number, header.packet_number));
+    script.control(ID, &Body::ProbeAck(ProbeAck { token: probe.token }));
+    script.now = script.now + Duration::from_micros(100);
+    while script.transmit().is_some() {}
+    assert_eq!(script.events(), [], "nobody asked for it");
+    assert_eq!(script.connection.poll_timeout(), Some(Time(1_001_000_000)));
 }

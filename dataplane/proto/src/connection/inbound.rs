@@ -115,7 +115,7 @@ impl Connection {
                 {
                     return Err(DropCause::PayloadCheck);
                 }
-                self.stats.duplicate_segments += 1;
+                self.stats.duplicate_segments += u64::from(len > 0);
             }
             Verdict::Drop(cause) => {
                 if matches!(cause, DropCause::LengthMismatch | DropCause::OutOfBounds)

@@ -56,7 +56,9 @@ impl Connection {
             return Some(self.bare(now, Body::Ack(ack)));
         }
         if !self.may_send() {
-            self.limited |= self.sending.has_next();
+            // Credit is no reason for the window to grow.
+            let full = self.sent.in_flight_bytes() >= self.controller.window_bytes();
+            self.limited |= full && self.sending.has_next();
             return None;
         }
         let transmit = self

@@ -109,6 +109,11 @@ impl Received {
         }
     }
 
+    /// Makes an acknowledgement due at once, if there is anything to acknowledge.
+    pub(super) fn hasten(&mut self) {
+        self.at_once = !self.ranges.is_empty();
+    }
+
     /// When an acknowledgement is due; at once is [`Time::default`].
     pub(super) fn deadline(&self) -> Option<Time> {
         if self.at_once {

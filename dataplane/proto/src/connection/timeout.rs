@@ -29,6 +29,9 @@ impl Connection {
 
     /// Acts on whatever is due; harmless when nothing is. What there is to send
     /// then comes from [`Connection::poll_transmit`], acknowledgements too.
+    ///
+    /// Datagrams that have arrived come first: an engine that slept through the
+    /// idle limit would otherwise take its own silence for the peer's.
     pub fn handle_timeout(&mut self, now: Time) {
         if self.state != State::Open {
             return;

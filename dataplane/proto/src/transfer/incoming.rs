@@ -14,6 +14,8 @@ const WORD_BITS: u64 = u64::BITS as u64;
 #[derive(Debug)]
 pub struct Incoming {
     len: u64,
+    /// Has room for the whole from the start, and words up to the highest one
+    /// used: clearing it all at once would hold up the engine for a huge tensor.
     bitmap: Vec<u64>,
     applied: u64,
     digest: DigestBuilder,
@@ -66,7 +68,6 @@ impl Incoming {
         bitmap
             .try_reserve_exact(words)
             .map_err(|_| OutOfMemory(len))?;
-        bitmap.resize(words, 0);
         Ok(Self {
             len,
             bitmap,
@@ -113,7 +114,7 @@ impl Incoming {
         }
         let (mut none, mut all) = (true, true);
         for (word, mask) in words(offset, end) {
-            let set = self.bitmap[word] & mask;
+            let set = self.word(word) & mask;
             none &= set == 0;
             all &= set == mask;
         }
@@ -129,6 +130,9 @@ impl Incoming {
     pub fn apply(&mut self, offset: u64, len: u64, crc: u32) {
         debug_assert_eq!(self.check(offset, len), Check::Fresh);
         for (word, mask) in words(offset, offset + len) {
+            if word >= self.bitmap.len() {
+                self.bitmap.resize(word + 1, 0);
+            }
             self.bitmap[word] |= mask;
         }
         self.applied += len;
@@ -147,11 +151,15 @@ impl Incoming {
         })
     }
 
+    fn word(&self, at: usize) -> u64 {
+        self.bitmap.get(at).copied().unwrap_or(0)
+    }
+
     /// The first granule at or after `from` whose bit is `set`.
     fn find(&self, from: u64, granules: u64, set: bool) -> Option<u64> {
         let mut at = from;
         while at < granules {
-            let word = self.bitmap[(at / WORD_BITS) as usize];
+            let word = self.word((at / WORD_BITS) as usize);
             let wanted = if set { word } else { !word } >> (at % WORD_BITS);
             if wanted != 0 {
                 let found = at + u64::from(wanted.trailing_zeros());
