@@ -1,0 +1,173 @@
+//! What one connection has to write: control frames, and a batch of frames
+//! whose payload the kernel takes straight from tensors.
+
+#![forbid(unsafe_code)]
+
+use std::collections::VecDeque;
+use std::io;
+use std::net::TcpStream;
+
+use arrayvec::ArrayVec;
+use genie_proto::TransferId;
+
+use super::frame::{HEADER_LEN, Header};
+use super::socket::Gather;
+use crate::memory::Lease;
+
+/// Frames written with one call; two I/O vectors each.
+pub(crate) const FRAMES_MAX: usize = super::socket::VECTORS_MAX / 2;
+
+/// The writing half of a connection.
+#[derive(Debug, Default)]
+pub(crate) struct Writer {
+    control: VecDeque<Header>,
+    batch: ArrayVec<Frame, FRAMES_MAX>,
+    /// Frames of the batch that are written.
+    frames_done: usize,
+    /// Bytes written of the frame after those.
+    bytes_done: usize,
+    /// Bytes written since the connection's first frame.
+    written: u64,
+}
+
+/// A part of a tensor on its way out. The lease keeps it until the kernel has it.
+#[derive(Debug)]
+pub(crate) struct Chunk {
+    /// The transfer it belongs to.
+    pub(crate) transfer: TransferId,
+    /// The whole tensor.
+    pub(crate) source: Lease,
+    /// Where in the tensor it begins.
+    pub(crate) offset: usize,
+    /// Its length in bytes.
+    pub(crate) len: usize,
+}
+
+#[derive(Debug)]
+struct Frame {
+    header: [u8; HEADER_LEN],
+    chunk: Option<Chunk>,
+}
+
+impl Writer {
+    /// Queues a frame without payload; it goes before chunks that are not begun.
+    pub(crate) fn control(&mut self, header: Header) {
+        self.control.push_back(header);
+    }
+
+    /// Control frames that are queued.
+    pub(crate) fn control_len(&self) -> usize {
+        self.control.len()
+    }
+
+    /// Whether there is nothing to write.
+    pub(crate) fn is_idle(&self) -> bool {
+        self.control.is_empty() && self.batch.is_empty()
+    }
+
+    /// Whether everything that was begun is written, so that more may be added.
+    pub(crate) fn is_drained(&self) -> bool {
+        self.batch.is_empty()
+    }
+
+    /// Moves queued control frames into the batch.
+    pub(crate) fn take_control(&mut self) {
+        while !self.batch.is_full()
+            && let Some(header) = self.control.pop_front()
+        {
+            self.batch.push(Frame {
+                header: header.encode(),
+                chunk: None,
+            });
+        }
+    }
+
+    /// Whether the batch takes one more frame.
+    pub(crate) fn has_room(&self) -> bool {
+        !self.batch.is_full()
+    }
+
+    /// Adds a chunk to the batch.
+    ///
+    /// # Panics
+    /// If the batch has no room.
+    pub(crate) fn chunk(&mut self, header: Header, chunk: Chunk) {
+        self.batch.push(Frame {
+            header: header.encode(),
+            chunk: Some(chunk),
+        });
+    }
+
+    /// Writes as much of the batch as the socket takes; `Ok(None)` if it takes nothing.
+    ///
+    /// `finished` is given every chunk that the kernel has whole, and with it its lease.
+    pub(crate) fn flush(
+        &mut self,
+        socket: &TcpStream,
+        mut finished: impl FnMut(Chunk),
+    ) -> io::Result<Option<usize>> {
+        let sent = match self.gather().send(socket) {
+            Ok(sent) => sent,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(None),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => return Ok(Some(0)),
+            Err(error) => return Err(error),
+        };
+        self.written += sent as u64;
+        self.bytes_done += sent;
+        while let Some(frame) = self.batch.get_mut(self.frames_done)
+            && self.bytes_done >= frame.len()
+        {
+            self.bytes_done -= frame.len();
+            self.frames_done += 1;
+            if let Some(chunk) = frame.chunk.take() {
+                finished(chunk);
+            }
+        }
+        if self.frames_done == self.batch.len() {
+            self.batch.clear();
+            self.frames_done = 0;
+        }
+        Ok(Some(sent))
+    }
+
+    /// Bytes written so far.
+    pub(crate) fn written(&self) -> u64 {
+        self.written
+    }
+
+    /// What [`Writer::written`] will be when all that is queued now is written.
+    pub(crate) fn written_with_queue(&self) -> u64 {
+        let batch: usize = self
+            .batch
+            .iter()
+            .skip(self.frames_done)
+            .map(Frame::len)
+            .sum();
+        self.written + (batch - self.bytes_done + self.control.len() * HEADER_LEN) as u64
+    }
+
+    fn gather(&self) -> Gather<'_> {
+        let mut gather = Gather::new();
+        let mut skip = self.bytes_done;
+        for frame in self.batch.iter().skip(self.frames_done) {
+            if !gather.has_room() {
+                break;
+            }
+            if skip < HEADER_LEN {
+                gather.push(&frame.header[skip..]);
+            }
+            if let Some(chunk) = &frame.chunk {
+                let begin = chunk.offset + skip.saturating_sub(HEADER_LEN);
+                gather.push_lease(&chunk.source, begin..chunk.offset + chunk.len);
+            }
+            skip = 0;
+        }
+        gather
+    }
+}
+
+impl Frame {
+    fn len(&self) -> usize {
+        HEADER_LEN + self.chunk.as_ref().map_or(0, |chunk| chunk.len)
+    }
+}
