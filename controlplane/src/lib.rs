@@ -1,1 +1,29 @@
-//! Sessions, negotiation, the tensor store and the genie binary.
+//! The control plane: who talks to whom, over which path, and about which tensors.
+//!
+//! The `genie` binary is a thin shell around this crate. In reading order:
+//! [`agent`] (one process a host), [`application`] (the socket that programs on
+//! the host use; [`client`] is its other end), [`session`] (one connection to a
+//! peer's agent), [`negotiation`] (which path and why not a better one),
+//! [`transfer`] (a batch of tensors moving), [`store`] (where they live).
+//! Bytes of tensors never pass through here: the engines of
+//! [`genie_dataplane`] move them.
+
+#![forbid(unsafe_code)]
+
+pub mod agent;
+pub mod application;
+pub mod cli;
+pub mod client;
+pub mod config;
+pub mod frame;
+pub mod message;
+pub mod negotiation;
+pub mod node;
+pub mod safetensors;
+pub mod session;
+pub mod status;
+pub mod store;
+pub mod tensor;
+pub mod transfer;
+pub mod transport;
+pub mod units;

@@ -1,0 +1,440 @@
+//! The agent: one process a host, from its first line to its last.
+//!
+//! Called by `genie agent`. It owns the order of things: both listeners are
+//! bound before anything is promised, `ready` is printed when everything can be
+//! used, and on SIGTERM nothing new is begun while what is under way may end.
+
+use std::fs::Permissions;
+use std::io::{self, Write};
+use std::net::SocketAddr;
+use std::os::fd::AsFd;
+use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use genie_dataplane::endpoint::Completions;
+use genie_dataplane::tcp;
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+use tokio::net::{TcpListener, UnixListener};
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::Semaphore;
+
+use crate::application::{self, ApplicationError};
+use crate::config::{Config, DRAIN_LIMIT};
+use crate::frame::FrameError;
+use crate::node::{Node, Parts};
+use crate::session::establish;
+use crate::transport::{Attended, Local, Preference, Transport, Transports};
+
+/// Programs that may be connected at a time.
+const APPLICATIONS_MAX: usize = 256;
+
+/// Peers that may be introducing themselves at a time.
+const STRANGERS_MAX: usize = 256;
+
+/// Why the agent did not start, or could not go on.
+#[derive(Debug, thiserror::Error)]
+pub enum AgentError {
+    /// Somebody else listens there.
+    #[error(
+        "{what} {address} is in use: another agent may run ('genie status' shows it); \
+         stop that one or choose another with {flag}"
+    )]
+    InUse {
+        /// Which of its addresses.
+        what: &'static str,
+        /// The address.
+        address: SocketAddr,
+        /// What sets it.
+        flag: &'static str,
+    },
+    /// The kernel does not let us listen.
+    #[error("cannot listen on {what} {address}: {source}; choose another with {flag}")]
+    Listen {
+        /// Which of its addresses.
+        what: &'static str,
+        /// The address.
+        address: SocketAddr,
+        /// What sets it.
+        flag: &'static str,
+        /// The system's answer.
+        source: io::Error,
+    },
+    /// An agent answers on the application socket.
+    #[error(
+        "another agent answers on {}: stop it ('genie status' shows it), \
+         or choose another socket with --socket", .0.display()
+    )]
+    SocketInUse(PathBuf),
+    /// The application socket cannot be made.
+    #[error("cannot make the application socket {}: {source}; choose another with --socket", path.display())]
+    Socket {
+        /// Where.
+        path: PathBuf,
+        /// The system's answer.
+        source: io::Error,
+    },
+    /// Nothing that is allowed works.
+    #[error("none of the allowed transports ({allowed}) can be used: {reasons}")]
+    NoTransport {
+        /// What --transport says.
+        allowed: String,
+        /// Each one's reason.
+        reasons: String,
+    },
+    /// The kernel refused something an agent cannot do without.
+    #[error("the agent cannot run: {0}")]
+    System(#[from] io::Error),
+}
+
+/// Runs an agent until SIGTERM or SIGINT; returns once everything is given back.
+pub fn run(config: Config, json: bool) -> Result<(), AgentError> {
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        // Control only: tensor bytes are moved by the engines' own threads.
+        .worker_threads(2)
+        .thread_name("genie-control")
+        .enable_all()
+        .build()?;
+    let result = runtime.block_on(serve(config, json));
+    // A blocking copy or allocation that is still under way is not waited for.
+    runtime.shutdown_timeout(Duration::from_millis(100));
+    result
+}
+
+async fn serve(config: Config, json: bool) -> Result<(), AgentError> {
+    let mut stop = Stop::new()?;
+    let listener = listen(config.listen).await?;
+    let (applications, socket) = bind_socket(&config.socket).await?;
+    let (transports, attended) = start_transports(&config)?;
+    let node = Node::new(Parts {
+        name: config.name.clone(),
+        preference: config.transport.clone(),
+        liveness: config.liveness,
+        transports,
+        store_bytes: config.store_bytes,
+        arena_bytes: config.arena_bytes,
+        peers: config.peers.clone(),
+        listen: listener.local_addr()?,
+        socket: config.socket.clone(),
+        warning: config.warning(),
+    });
+    for attended in attended {
+        attend(&node, attended);
+    }
+    announce(&node, &config, json)?;
+    tokio::select! {
+        () = accept_peers(&node, &listener) => {}
+        () = accept_applications(&node, &applications) => {}
+        name = stop.wait() => tracing::info!("{name}: stopping"),
+    }
+    drop((listener, applications, socket));
+    drain(&node, &mut stop).await;
+    node.end_sessions("this agent was stopped");
+    // Lets the sessions say goodbye.
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    let stopped = tokio::task::spawn_blocking(move || node.transports.stop()).await;
+    stopped.map_err(|error| io::Error::other(error).into())
+}
+
+async fn drain(node: &Node, stop: &mut Stop) {
+    let until = Instant::now() + DRAIN_LIMIT;
+    while node.is_busy() && Instant::now() < until {
+        tokio::select! {
+            () = tokio::time::sleep(Duration::from_millis(10)) => {}
+            name = stop.wait() => {
+                tracing::warn!("{name} again: giving up what is under way");
+                return;
+            }
+        }
+    }
+    if node.is_busy() {
+        tracing::warn!("giving up what is still under way after {DRAIN_LIMIT:?}");
+    }
+}
+
+async fn listen(address: SocketAddr) -> Result<TcpListener, AgentError> {
+    let (what, flag) = ("the control address", "--listen");
+    TcpListener::bind(address)
+        .await
+        .map_err(|source| refused_listen(what, address, flag, source))
+}
+
+fn refused_listen(
+    what: &'static str,
+    address: SocketAddr,
+    flag: &'static str,
+    source: io::Error,
+) -> AgentError {
+    if source.kind() == io::ErrorKind::AddrInUse {
+        AgentError::InUse {
+            what,
+            address,
+            flag,
+        }
+    } else {
+        AgentError::Listen {
+            what,
+            address,
+            flag,
+            source,
+        }
+    }
+}
+
+/// Starts what is allowed; notes why the rest cannot be used.
+fn start_transports(config: &Config) -> Result<(Transports, Vec<Attended>), AgentError> {
+    let mut transports = Transports::default();
+    let mut attended = Vec::new();
+    for transport in config.transport.as_slice().iter().copied() {
+        let started = match transport {
+            Transport::Tcp => Ok(start_tcp(config)?),
+            Transport::Dpdk => start_dpdk(config),
+        };
+        match started {
+            Ok((local, running)) => attended.push(transports.add(transport, local, running)),
+            Err(reason) => {
+                tracing::info!(%reason, "{transport} cannot be used");
+                transports.refuse(transport, reason);
+            }
+        }
+    }
+    if transports.engines().is_empty() {
+        let reasons = transports.offers().into_iter().filter_map(|offer| {
+            offer
+                .local
+                .err()
+                .map(|reason| format!("{}: {reason}", offer.transport))
+        });
+        let reasons = reasons.collect::<Vec<_>>().join("; ");
+        return Err(AgentError::NoTransport {
+            allowed: config.transport.to_string(),
+            reasons,
+        });
+    }
+    Ok((transports, attended))
+}
+
+type Started = (Local, genie_dataplane::endpoint::Running);
+
+fn start_tcp(config: &Config) -> Result<Started, AgentError> {
+    let tcp = tcp::Config {
+        listen: config.data,
+        streams: config.streams,
+        liveness: config.liveness,
+        open_limit: config.liveness,
+    };
+    let (running, data) = tcp::spawn(tcp)
+        .map_err(|source| refused_listen("the data address", config.data, "--data", source))?;
+    Ok((
+        Local::Tcp {
+            data,
+            streams: config.streams,
+        },
+        running,
+    ))
+}
+
+fn start_dpdk(config: &Config) -> Result<Started, String> {
+    if config.dpdk_device.is_none() {
+        return Err("no device was given (--dpdk-device)".to_owned());
+    }
+    Err("the engine for devices is not part of this build".to_owned())
+}
+
+/// Dispatches an engine's answers, and tells sessions that it has lost.
+fn attend(node: &Arc<Node>, attended: Attended) {
+    let Attended {
+        transport,
+        completions,
+        mut lost,
+    } = attended;
+    tokio::spawn(async move {
+        if let Err(error) = dispatch(completions).await {
+            tracing::error!(%error, %transport, "cannot wait for the engine's answers");
+        }
+    });
+    let node = Arc::clone(node);
+    tokio::spawn(async move {
+        while let Some(lost) = lost.recv().await {
+            node.lose(transport, &lost);
+        }
+    });
+}
+
+async fn dispatch(mut completions: Completions) -> io::Result<()> {
+    // The same eventfd under a descriptor of its own, which tokio may keep.
+    let bell = completions.as_fd().try_clone_to_owned()?;
+    #[expect(
+        deprecated,
+        reason = "deprecated for types whose descriptor may change or close under tokio; an OwnedFd's cannot"
+    )]
+    let bell = AsyncFd::with_interest(bell, Interest::READABLE)?;
+    while completions.dispatch() {
+        if completions.prepare_sleep() {
+            bell.readable().await?.clear_ready();
+            completions.finish_sleep();
+        }
+    }
+    Ok(())
+}
+
+async fn accept_peers(node: &Arc<Node>, listener: &TcpListener) {
+    let strangers = Arc::new(Semaphore::new(STRANGERS_MAX));
+    loop {
+        let permit = Arc::clone(&strangers).acquire_owned().await;
+        let (stream, address) = match listener.accept().await {
+            Ok(accepted) => accepted,
+            Err(error) => {
+                wait_after(&error).await;
+                continue;
+            }
+        };
+        let node = Arc::clone(node);
+        tokio::spawn(async move {
+            // Given back once the stranger is a peer or is gone.
+            let _permit = permit;
+            if let Err(error) = establish::accept(&node, stream).await {
+                tracing::warn!(%address, "no session: {error}");
+            }
+        });
+    }
+}
+
+async fn accept_applications(node: &Arc<Node>, listener: &UnixListener) {
+    let places = Arc::new(Semaphore::new(APPLICATIONS_MAX));
+    loop {
+        let permit = Arc::clone(&places).acquire_owned().await;
+        let stream = match listener.accept().await {
+            Ok((stream, _)) => stream,
+            Err(error) => {
+                wait_after(&error).await;
+                continue;
+            }
+        };
+        let node = Arc::clone(node);
+        tokio::spawn(async move {
+            let _permit = permit;
+            match application::serve(node, stream).await {
+                // It looked whether anybody is there, or left without reading the answer.
+                Ok(()) | Err(ApplicationError::Frame(FrameError::Closed | FrameError::Io(_))) => {}
+                Err(error) => tracing::warn!("an application was dropped: {error}"),
+            }
+        });
+    }
+}
+
+/// Descriptors may have run out; they come back as connections end.
+async fn wait_after(error: &io::Error) {
+    tracing::warn!(%error, "cannot accept a connection");
+    tokio::time::sleep(Duration::from_millis(100)).await;
+}
+
+/// Removes the application socket when the agent stops.
+struct SocketFile(PathBuf);
+
+impl Drop for SocketFile {
+    fn drop(&mut self) {
+        if let Err(error) = std::fs::remove_file(&self.0) {
+            tracing::warn!(%error, path = %self.0.display(), "cannot remove the socket");
+        }
+    }
+}
+
+async fn bind_socket(path: &Path) -> Result<(UnixListener, SocketFile), AgentError> {
+    let failed = |source| AgentError::Socket {
+        path: path.to_owned(),
+        source,
+    };
+    if let Some(folder) = path
+        .parent()
+        .filter(|folder| !folder.as_os_str().is_empty())
+    {
+        std::fs::create_dir_all(folder).map_err(failed)?;
+    }
+    let is_socket = std::fs::symlink_metadata(path).is_ok_and(|m| m.file_type().is_socket());
+    if is_socket {
+        match tokio::net::UnixStream::connect(path).await {
+            Ok(_) => return Err(AgentError::SocketInUse(path.to_owned())),
+            // Left behind by an agent that was killed.
+            Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
+                std::fs::remove_file(path).map_err(failed)?;
+            }
+            Err(error) => return Err(failed(error)),
+        }
+    }
+    let listener = UnixListener::bind(path).map_err(failed)?;
+    let socket = SocketFile(path.to_owned());
+    std::fs::set_permissions(path, Permissions::from_mode(0o660)).map_err(failed)?;
+    Ok((listener, socket))
+}
+
+/// Says on stdout that the agent can be used.
+fn announce(node: &Node, config: &Config, json: bool) -> io::Result<()> {
+    let status = node.status();
+    if let Some(warning) = &status.warning {
+        tracing::warn!("{warning}");
+    }
+    tracing::info!(limits = config.limits(), "{} starts", status.name);
+    let usable = |preference: &Preference| {
+        let there = |t: &Transport| node.transports.engine(*t).map(|engine| engine.path());
+        preference
+            .as_slice()
+            .iter()
+            .filter_map(there)
+            .collect::<Vec<_>>()
+    };
+    let paths = usable(&node.preference);
+    let data = status
+        .transports
+        .iter()
+        .find_map(|transport| transport.data);
+    let mut stdout = io::stdout().lock();
+    if json {
+        let ready = serde_json::json!({
+            "ready": true,
+            "name": status.name,
+            "instance": status.instance,
+            "listen": status.listen,
+            "data": data,
+            "socket": status.socket,
+            "paths": paths,
+            "warning": status.warning,
+        });
+        writeln!(stdout, "{ready}")?;
+    } else {
+        let data = data.map(|data| format!(" data={data}")).unwrap_or_default();
+        writeln!(
+            stdout,
+            "ready name={} listen={}{data} socket={} paths={}",
+            status.name,
+            status.listen,
+            status.socket.display(),
+            paths.join(",")
+        )?;
+    }
+    stdout.flush()
+}
+
+/// The two signals that end an agent.
+struct Stop {
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl Stop {
+    fn new() -> io::Result<Self> {
+        Ok(Self {
+            terminate: signal(SignalKind::terminate())?,
+            interrupt: signal(SignalKind::interrupt())?,
+        })
+    }
+
+    async fn wait(&mut self) -> &'static str {
+        tokio::select! {
+            _ = self.terminate.recv() => "SIGTERM",
+            _ = self.interrupt.recv() => "SIGINT",
+        }
+    }
+}

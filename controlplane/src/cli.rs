@@ -1,0 +1,264 @@
+//! The `genie` command: what people type, and what they are shown.
+//!
+//! Exit codes: 0 done, 1 failed, 2 not understood. Data goes to stdout, as text
+//! or with `--json` as one JSON value; everything else goes to stderr.
+
+mod move_file;
+mod show;
+
+use std::io::{self, Write};
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
+use serde::Serialize;
+use tracing_subscriber::EnvFilter;
+
+use crate::agent::{self, AgentError};
+use crate::client::{Client, ClientError};
+use crate::config::{AgentArgs, Config, ConfigError, default_socket};
+use crate::safetensors::FileError;
+use crate::tensor::{TensorError, check_name};
+
+/// Moves tensors between machines.
+#[derive(Debug, Parser)]
+#[command(name = "genie", version, arg_required_else_help = true)]
+struct Cli {
+    /// What to log to stderr: error, warn, info, debug, trace, or a list by module
+    #[arg(long, global = true, value_name = "LEVEL", env = "GENIE_LOG")]
+    log: Option<String>,
+    /// Print data as JSON
+    #[arg(long, global = true, env = "GENIE_JSON")]
+    json: bool,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run this host's agent until SIGTERM
+    Agent(Box<AgentArgs>),
+    /// Put the tensors of a file into a node's store
+    Put {
+        /// A .safetensors file
+        file: PathBuf,
+        /// Where to: PREFIX on this host's agent, NODE:PREFIX on a peer's
+        #[arg(value_name = "[NODE:]PREFIX")]
+        to: Target,
+        #[command(flatten)]
+        agent: Local,
+    },
+    /// Write the tensors under a prefix into a file
+    Get {
+        /// Where from: PREFIX on this host's agent, NODE:PREFIX on a peer's
+        #[arg(value_name = "[NODE:]PREFIX")]
+        from: Target,
+        /// The .safetensors file to write
+        file: PathBuf,
+        #[command(flatten)]
+        agent: Local,
+    },
+    /// List a node's store
+    Ls {
+        /// A peer; this host's agent if there is none
+        node: Option<String>,
+        #[command(flatten)]
+        agent: Local,
+    },
+    /// Remove a tensor, or all under a prefix
+    Rm {
+        /// NAME on this host's agent, NODE:NAME on a peer's
+        #[arg(value_name = "[NODE:]NAME")]
+        name: Target,
+        #[command(flatten)]
+        agent: Local,
+    },
+    /// Show the agent, its transports, sessions and counters
+    Status {
+        #[command(flatten)]
+        agent: Local,
+    },
+}
+
+/// How to reach this host's agent.
+#[derive(Args, Debug)]
+struct Local {
+    /// The agent's socket
+    #[arg(long, value_name = "PATH", env = "GENIE_SOCKET")]
+    socket: Option<PathBuf>,
+}
+
+/// A prefix or name, and on which node.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Target {
+    node: Option<String>,
+    name: String,
+}
+
+/// Why a command failed.
+#[derive(Debug, thiserror::Error)]
+enum CommandError {
+    #[error(transparent)]
+    Client(#[from] ClientError),
+    #[error(transparent)]
+    Agent(#[from] AgentError),
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    #[error(transparent)]
+    File(#[from] FileError),
+    #[error("{file}: {source}")]
+    Tensor { file: String, source: TensorError },
+    #[error("cannot print: {0}")]
+    Print(io::Error),
+    #[error("cannot watch for signals: {0}")]
+    Signals(io::Error),
+}
+
+/// Runs the command that the process was started with.
+pub fn main() -> ExitCode {
+    let command = Cli::command().long_version(long_version());
+    let cli = match Cli::from_arg_matches(&command.get_matches()) {
+        Ok(cli) => cli,
+        Err(error) => error.exit(),
+    };
+    let default = if matches!(cli.command, Command::Agent(_)) {
+        "info"
+    } else {
+        "warn"
+    };
+    let filter = match EnvFilter::try_new(cli.log.as_deref().unwrap_or(default)) {
+        Ok(filter) => filter,
+        Err(error) => {
+            eprintln!("genie: --log: {error}");
+            return ExitCode::from(2);
+        }
+    };
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(io::stderr)
+        .init();
+    match run(cli.command, cli.json) {
+        Ok(()) => ExitCode::SUCCESS,
+        // Whoever reads our output has enough of it.
+        Err(CommandError::Print(error)) if error.kind() == io::ErrorKind::BrokenPipe => {
+            ExitCode::SUCCESS
+        }
+        Err(error) => {
+            eprintln!("genie: {error}");
+            let usage = matches!(error, CommandError::Config(_));
+            ExitCode::from(if usage { 2 } else { 1 })
+        }
+    }
+}
+
+fn run(command: Command, json: bool) -> Result<(), CommandError> {
+    match command {
+        Command::Agent(args) => {
+            let names = std::env::vars_os().filter_map(|(name, _)| name.into_string().ok());
+            Ok(agent::run(Config::load(*args, names)?, json)?)
+        }
+        Command::Put { file, to, agent } => {
+            let report = move_file::put(&mut agent.connect()?, &file, &to, json)?;
+            print(json, &report, || show::moved("put", &report))
+        }
+        Command::Get { from, file, agent } => {
+            let report = move_file::get(&mut agent.connect()?, &from, &file, json)?;
+            print(json, &report, || show::moved("got", &report))
+        }
+        Command::Ls { node, agent } => {
+            let listed = agent.connect()?.list(node.as_deref())?;
+            print(json, &listed, || show::listed(&listed))
+        }
+        Command::Rm { name, agent } => {
+            let tensors = agent.connect()?.remove(name.node.as_deref(), &name.name)?;
+            let removed = show::Removed { tensors };
+            print(json, &removed, || format!("removed {tensors} tensors\n"))
+        }
+        Command::Status { agent } => {
+            let status = agent.connect()?.status()?;
+            print(json, &status, || show::status(&status))
+        }
+    }
+}
+
+impl Local {
+    fn connect(self) -> Result<Client, CommandError> {
+        let socket = self
+            .socket
+            .or_else(default_socket)
+            .ok_or(ConfigError::NoSocket)?;
+        Ok(Client::connect(&socket)?)
+    }
+}
+
+impl std::str::FromStr for Target {
+    type Err = TensorError;
+
+    fn from_str(text: &str) -> Result<Self, TensorError> {
+        let (node, name) = match text.split_once(':') {
+            // A leading colon says that the rest, colons and all, is a local name.
+            Some(("", name)) => (None, name),
+            Some((node, name)) => (Some(node.to_owned()), name),
+            None => (None, text),
+        };
+        check_name(name)?;
+        Ok(Self {
+            node,
+            name: name.to_owned(),
+        })
+    }
+}
+
+fn print<T: Serialize>(
+    json: bool,
+    value: &T,
+    text: impl FnOnce() -> String,
+) -> Result<(), CommandError> {
+    let text = if json {
+        let json = serde_json::to_string(value);
+        json.map(|json| json + "\n")
+            .map_err(|error| CommandError::Print(error.into()))?
+    } else {
+        text()
+    };
+    let mut stdout = io::stdout().lock();
+    stdout
+        .write_all(text.as_bytes())
+        .and_then(|()| stdout.flush())
+        .map_err(CommandError::Print)
+}
+
+/// What `--version` says beyond the number.
+fn long_version() -> String {
+    let transports = crate::transport::AUTO
+        .map(|transport| transport.to_string())
+        .join(", ");
+    let protocol = crate::frame::VERSIONS;
+    format!(
+        "{}\ntransports: {transports}\ncontrol protocol: {} to {}",
+        env!("CARGO_PKG_VERSION"),
+        protocol.start(),
+        protocol.end()
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn targets() {
+        let parse = |text: &str| text.parse::<Target>().map(|t| (t.node, t.name));
+        assert_eq!(parse("b:model"), Ok((Some("b".into()), "model".into())));
+        assert_eq!(parse("model/x"), Ok((None, "model/x".into())));
+        assert_eq!(parse(":a:b"), Ok((None, "a:b".into())));
+        for bad in ["", "b:", "b:../x", "b:/x", "a\0b"] {
+            assert!(parse(bad).is_err(), "{bad:?}");
+        }
+    }
+}

@@ -1,0 +1,187 @@
+//! `put` and `get`: between a file and an arena.
+
+use std::io::IsTerminal;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
+
+use indicatif::{ProgressBar, ProgressStyle};
+use serde::Serialize;
+use tokio::signal::unix::{SignalKind, signal};
+
+use super::{CommandError, Target};
+use crate::application::Placed;
+use crate::client::Client;
+use crate::safetensors::{Draft, ModelFile};
+use crate::tensor::check_batch;
+use crate::transfer::Moved;
+
+/// What `put` and `get` print.
+#[derive(Debug, Serialize)]
+pub(super) struct Report {
+    /// How the tensors moved between the agents.
+    #[serde(flatten)]
+    pub(super) moved: Moved,
+    /// Time for reading or writing the file, apart from `seconds`.
+    pub(super) file_seconds: f64,
+    /// CPU copies between file and arena per byte, apart from `copies_per_byte`
+    /// and from the kernel's own.
+    pub(super) file_copies_per_byte: f64,
+}
+
+pub(super) fn put(
+    client: &mut Client,
+    file: &Path,
+    to: &Target,
+    json: bool,
+) -> Result<Report, CommandError> {
+    let model = ModelFile::open(file)?;
+    let header = &model.header;
+    check_batch(&to.name, &header.tensors, header.metadata.as_ref()).map_err(|source| {
+        CommandError::Tensor {
+            file: file.display().to_string(),
+            source,
+        }
+    })?;
+    let arena = client.arena(header.data_len)?;
+    let began = Instant::now();
+    let bar = Bar::new("read", json);
+    model.read_into(&arena.lease(), |done| bar.show(done, header.data_len))?;
+    bar.end();
+    let file_seconds = began.elapsed().as_secs_f64();
+    let mut offset = 0;
+    let mut tensors = Vec::with_capacity(header.tensors.len());
+    for info in header.tensors.iter().cloned() {
+        let len = info.len_bytes().map_err(|source| CommandError::Tensor {
+            file: file.display().to_string(),
+            source,
+        })?;
+        tensors.push(Placed { info, offset });
+        offset += len;
+    }
+    let bar = Bar::new("put", json);
+    let show = |done, total| bar.show(done, total);
+    let metadata = header.metadata.clone();
+    let moved = client.put(to.node.as_deref(), &to.name, tensors, metadata, show)?;
+    bar.end();
+    // Read into a buffer, then copied: an arena is never seen as a slice.
+    Ok(Report {
+        moved,
+        file_seconds,
+        file_copies_per_byte: 1.0,
+    })
+}
+
+pub(super) fn get(
+    client: &mut Client,
+    from: &Target,
+    file: &Path,
+    json: bool,
+) -> Result<Report, CommandError> {
+    // Before anything moves: a folder that cannot be written is found now.
+    let cleanup = Cleanup::watch().map_err(CommandError::Signals)?;
+    let draft = Draft::create(file)?;
+    cleanup.remember(draft.temporary());
+    let bar = Bar::new("get", json);
+    let show = |done, total| bar.show(done, total);
+    let fetched = client.get(from.node.as_deref(), &from.name, show)?;
+    bar.end();
+    let began = Instant::now();
+    let bar = Bar::new("write", json);
+    let bytes = fetched.moved.bytes;
+    draft.write(
+        &fetched.tensors,
+        fetched.metadata.as_ref(),
+        &fetched.memory,
+        bytes,
+        |done| bar.show(done, bytes),
+    )?;
+    bar.end();
+    let file_seconds = began.elapsed().as_secs_f64();
+    // From the arena to the file it is the kernel that copies.
+    Ok(Report {
+        moved: fetched.moved,
+        file_seconds,
+        file_copies_per_byte: 0.0,
+    })
+}
+
+/// A progress bar on a terminal; nothing anywhere else.
+struct Bar(Option<ProgressBar>);
+
+impl Bar {
+    fn new(what: &'static str, json: bool) -> Self {
+        if json || !std::io::stderr().is_terminal() || !std::io::stdout().is_terminal() {
+            return Self(None);
+        }
+        let template =
+            "{prefix:5} [{bar:40}] {decimal_bytes}/{decimal_total_bytes} {decimal_bytes_per_sec}";
+        let style = ProgressStyle::with_template(template).expect("the template is a constant");
+        let bar = ProgressBar::new(0).with_style(style).with_prefix(what);
+        Self(Some(bar))
+    }
+
+    fn show(&self, done: u64, total: u64) {
+        if let Some(bar) = &self.0 {
+            bar.set_length(total);
+            bar.set_position(done);
+        }
+    }
+
+    fn end(self) {
+        if let Some(bar) = self.0 {
+            bar.finish_and_clear();
+        }
+    }
+}
+
+/// Removes the unfinished file when the program is interrupted.
+struct Cleanup(Arc<Mutex<Option<PathBuf>>>);
+
+impl Cleanup {
+    /// Starts watching, on a thread of its own.
+    fn watch() -> std::io::Result<Self> {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_io()
+            .build()?;
+        let unfinished: Arc<Mutex<Option<PathBuf>>> = Arc::default();
+        let to_remove = Arc::clone(&unfinished);
+        let guard = runtime.enter();
+        let mut interrupt = signal(SignalKind::interrupt())?;
+        let mut terminate = signal(SignalKind::terminate())?;
+        let mut hangup = signal(SignalKind::hangup())?;
+        // A limit on file sizes is to be an error from write, not the end.
+        let too_large = signal(SignalKind::from_raw(SIGXFSZ))?;
+        drop(guard);
+        std::thread::Builder::new()
+            .name("genie-signals".into())
+            .spawn(move || {
+                let _too_large = too_large;
+                runtime.block_on(async {
+                    tokio::select! {
+                        _ = interrupt.recv() => {}
+                        _ = terminate.recv() => {}
+                        _ = hangup.recv() => {}
+                    }
+                });
+                let path = to_remove
+                    .lock()
+                    .unwrap_or_else(PoisonError::into_inner)
+                    .take();
+                if let Some(path) = path {
+                    // Already gone if it was just given its name.
+                    let _ = std::fs::remove_file(path);
+                }
+                eprintln!("genie: interrupted");
+                std::process::exit(1);
+            })?;
+        Ok(Self(unfinished))
+    }
+
+    fn remember(&self, path: &Path) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(path.to_owned());
+    }
+}
+
+/// `setrlimit(2)`: sent when a file grows beyond `RLIMIT_FSIZE`.
+const SIGXFSZ: i32 = 25;

@@ -1,0 +1,199 @@
+//! Text for people.
+
+use std::fmt::Write;
+
+use serde::Serialize;
+
+use super::move_file::Report;
+use crate::status::{AgentStatus, SessionStatus, TransportStatus};
+use crate::store::{Listed, Owner};
+use crate::units::show_bytes;
+
+/// What `rm` prints.
+#[derive(Debug, Serialize)]
+pub(super) struct Removed {
+    /// How many tensors.
+    pub(super) tensors: u64,
+}
+
+pub(super) fn moved(verb: &str, report: &Report) -> String {
+    let moved = &report.moved;
+    let mut text = format!(
+        "{verb} {} tensors, {} in {:.3} s, {:.2} GB/s over {}\n",
+        moved.tensors,
+        show_bytes(moved.bytes),
+        moved.seconds,
+        moved.gb_per_s,
+        moved.path
+    );
+    for reason in &moved.reasons {
+        line(&mut text, &format!("  not {reason}"));
+    }
+    line(
+        &mut text,
+        &format!(
+            "  retransmits {}, copies per byte {:.2}, digest {}, file {:.3} s",
+            moved.retransmits, moved.copies_per_byte, moved.digest, report.file_seconds
+        ),
+    );
+    text
+}
+
+pub(super) fn listed(listed: &[Listed]) -> String {
+    let mut text = String::new();
+    let width = listed
+        .iter()
+        .map(|tensor| tensor.name.chars().count())
+        .max()
+        .unwrap_or(0);
+    for tensor in listed {
+        let shape = tensor
+            .shape
+            .iter()
+            .map(u64::to_string)
+            .collect::<Vec<_>>()
+            .join("x");
+        let owner = match &tensor.owner {
+            Owner::User(uid) => format!("uid {uid}"),
+            Owner::Peer(name) => format!("peer {name}"),
+        };
+        let (dtype, bytes) = (&tensor.dtype, show_bytes(tensor.bytes));
+        line(
+            &mut text,
+            &format!(
+                "{:width$}  {dtype:<8} [{shape}]  {bytes}  {owner}",
+                tensor.name
+            ),
+        );
+    }
+    text
+}
+
+pub(super) fn status(status: &AgentStatus) -> String {
+    let mut text = String::new();
+    line(
+        &mut text,
+        &format!(
+            "agent {} (genie {}, instance {}), up {:.0} s",
+            status.name, status.version, status.instance, status.up_seconds
+        ),
+    );
+    if let Some(warning) = &status.warning {
+        line(&mut text, &format!("  WARNING: {warning}"));
+    }
+    line(
+        &mut text,
+        &format!(
+            "  listen {}, socket {}",
+            status.listen,
+            status.socket.display()
+        ),
+    );
+    let usage = |used, limit| format!("{} of {}", show_bytes(used), show_bytes(limit));
+    line(
+        &mut text,
+        &format!(
+            "  store {} tensors, {}; arenas {}",
+            status.store.tensors,
+            usage(status.store.used_bytes, status.store.limit_bytes),
+            usage(status.arenas.used_bytes, status.arenas.limit_bytes)
+        ),
+    );
+    line(
+        &mut text,
+        &format!("transports (allowed: {})", status.preference),
+    );
+    status
+        .transports
+        .iter()
+        .for_each(|one| transport(&mut text, one));
+    if !status.peers.is_empty() {
+        line(&mut text, "peers");
+        for peer in &status.peers {
+            line(&mut text, &format!("  {} at {}", peer.name, peer.address));
+        }
+    }
+    line(
+        &mut text,
+        if status.sessions.is_empty() {
+            "no sessions"
+        } else {
+            "sessions"
+        },
+    );
+    status
+        .sessions
+        .iter()
+        .for_each(|one| session(&mut text, one));
+    text
+}
+
+fn transport(text: &mut String, transport: &TransportStatus) {
+    match (&transport.path, &transport.reason) {
+        (Some(path), _) => {
+            let data = transport
+                .data
+                .map(|data| format!(", data {data}"))
+                .unwrap_or_default();
+            line(text, &format!("  {path}{data}"));
+        }
+        (None, reason) => {
+            let reason = reason.as_deref().unwrap_or("unknown reason");
+            line(
+                text,
+                &format!("  {} cannot be used: {reason}", transport.transport),
+            );
+        }
+    }
+    let Some(engine) = &transport.engine else {
+        return;
+    };
+    line(
+        text,
+        &format!(
+            "    sent {}, received {}, dropped {}; copied by genie {}, driver {}, kernel {}",
+            show_bytes(engine.sent_bytes),
+            show_bytes(engine.received_bytes),
+            engine.dropped,
+            show_bytes(engine.copies.genie),
+            show_bytes(engine.copies.driver),
+            show_bytes(engine.copies.kernel)
+        ),
+    );
+    if let Some(port) = &engine.port {
+        line(
+            text,
+            &format!(
+                "    port: rx {} frames {}, missed {}; tx {} frames {}, errors {}",
+                port.rx_frames,
+                show_bytes(port.rx_bytes),
+                port.rx_missed,
+                port.tx_frames,
+                show_bytes(port.tx_bytes),
+                port.tx_errors
+            ),
+        );
+    }
+}
+
+fn session(text: &mut String, session: &SessionStatus) {
+    line(
+        text,
+        &format!(
+            "  {} ({}) over {}, up {:.0} s, {} requests, instance {}",
+            session.peer,
+            session.direction,
+            session.path,
+            session.up_seconds,
+            session.requests,
+            session.instance
+        ),
+    );
+    for reason in &session.reasons {
+        line(text, &format!("    not {reason}"));
+    }
+}
+
+fn line(text: &mut String, line: &str) {
+    writeln!(text, "{line}").expect("writing to a string cannot fail");
+}

@@ -1,0 +1,576 @@
+//! What an agent is told: flags, then `GENIE_*` variables, then a TOML file.
+//!
+//! A flag wins over its variable (clap sees to that), both win over the file.
+//! A key or variable that nobody knows is refused with the nearest known one:
+//! a typing error must not silently leave a default in place.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use clap::Args;
+use genie_dataplane::tcp::STREAMS_MAX;
+use serde::Deserialize;
+
+use crate::tensor::check_name;
+use crate::transport::{Preference, PreferenceError};
+use crate::units::{UnitError, parse_bytes, parse_duration, show_bytes};
+
+/// Control port, and the data port next to it.
+const CONTROL_PORT: u16 = 5555;
+const DATA_PORT: u16 = 5556;
+
+/// How long an agent that was told to stop waits for what is under way.
+pub const DRAIN_LIMIT: Duration = Duration::from_secs(10);
+
+/// Variables that start with `GENIE_` and are not flags of the agent.
+const OTHER_VARIABLES: [&str; 5] = [
+    "GENIE_DPDK_LIB",
+    "GENIE_REQUIRE_DPDK",
+    "GENIE_WITHOUT_DPDK",
+    "GENIE_JSON",
+    "GENIE_LOG",
+];
+
+/// The flags of `genie agent`; what is not given comes from the file or a default.
+#[derive(Args, Clone, Debug, Default)]
+pub struct AgentArgs {
+    /// Read settings from this TOML file; its keys are the names of these flags
+    #[arg(long, value_name = "FILE", env = "GENIE_CONFIG")]
+    pub config: Option<PathBuf>,
+    /// Node name [default: the host's name]
+    #[arg(long, env = "GENIE_NAME")]
+    pub name: Option<String>,
+    /// Where peers reach the agent [default: 127.0.0.1:5555]
+    #[arg(long, value_name = "ADDR", env = "GENIE_LISTEN")]
+    pub listen: Option<SocketAddr>,
+    /// Where peers' TCP data connections arrive [default: port 5556 of the address of --listen]
+    #[arg(long, value_name = "ADDR", env = "GENIE_DATA")]
+    pub data: Option<SocketAddr>,
+    /// The socket for programs on this host
+    #[arg(long, value_name = "PATH", env = "GENIE_SOCKET")]
+    pub socket: Option<PathBuf>,
+    /// Transports allowed, best first: auto, or one or more of dpdk,tcp [default: auto]
+    #[arg(long, value_name = "LIST", env = "GENIE_TRANSPORT")]
+    pub transport: Option<Preference>,
+    /// Device for DPDK: pci:0000:01:00.0, vdev:net_memif0,… or pair:SOCKET
+    #[arg(long, value_name = "SPEC", env = "GENIE_DPDK_DEVICE")]
+    pub dpdk_device: Option<String>,
+    /// Address of this node on the DPDK device's link; may be repeated
+    #[arg(
+        long,
+        value_name = "IP",
+        env = "GENIE_DPDK_ADDRESS",
+        value_delimiter = ','
+    )]
+    pub dpdk_address: Vec<IpAddr>,
+    /// A peer that can be dialled; may be repeated
+    #[arg(long, value_name = "NAME=ADDR", env = "GENIE_PEER", value_delimiter = ',', value_parser = parse_peer)]
+    pub peer: Vec<(String, String)>,
+    /// Limit of the tensor store, such as 8GiB [default: a quarter of the memory]
+    #[arg(long, value_name = "BYTES", env = "GENIE_STORE_BYTES", value_parser = parse_bytes)]
+    pub store_bytes: Option<u64>,
+    /// Limit of all applications' arenas together [default: a quarter of the memory]
+    #[arg(long, value_name = "BYTES", env = "GENIE_ARENA_BYTES", value_parser = parse_bytes)]
+    pub arena_bytes: Option<u64>,
+    /// Give a silent peer up after this long [default: 2s]
+    #[arg(long, value_name = "TIME", env = "GENIE_LIVENESS", value_parser = parse_duration)]
+    pub liveness: Option<Duration>,
+    /// TCP connections a session [default: 2]
+    #[arg(long, value_name = "N", env = "GENIE_STREAMS", value_parser = clap::value_parser!(u16).range(1..=STREAMS_MAX as i64))]
+    pub streams: Option<u16>,
+    /// Listen on addresses that others can reach though nobody is authenticated
+    #[arg(long, env = "GENIE_ALLOW_UNAUTHENTICATED")]
+    pub allow_unauthenticated: bool,
+}
+
+/// Settings of an agent, complete.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Config {
+    /// Node name.
+    pub name: String,
+    /// Control address.
+    pub listen: SocketAddr,
+    /// Data address.
+    pub data: SocketAddr,
+    /// Application socket.
+    pub socket: PathBuf,
+    /// Transports allowed, best first.
+    pub transport: Preference,
+    /// DPDK device.
+    pub dpdk_device: Option<String>,
+    /// Addresses on its link.
+    pub dpdk_addresses: Vec<IpAddr>,
+    /// Peers by name.
+    pub peers: BTreeMap<String, String>,
+    /// Limit of the store.
+    pub store_bytes: u64,
+    /// Limit of all arenas.
+    pub arena_bytes: u64,
+    /// After how much silence a peer is given up.
+    pub liveness: Duration,
+    /// TCP connections a session.
+    pub streams: u16,
+    /// Whether it may listen where strangers can reach it.
+    pub allow_unauthenticated: bool,
+}
+
+/// Why the settings cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file cannot be read.
+    #[error("cannot read {}: {source}", path.display())]
+    Read {
+        /// Which file.
+        path: PathBuf,
+        /// The system's answer.
+        source: std::io::Error,
+    },
+    /// The file is not TOML, or a value is of the wrong kind.
+    #[error("{place}: {message}")]
+    Toml {
+        /// Which file.
+        place: String,
+        /// What is wrong, and where.
+        message: String,
+    },
+    /// A key that nobody knows.
+    #[error("{place}: unknown key '{key}'{suggestion}")]
+    UnknownKey {
+        /// Which file.
+        place: String,
+        /// The key.
+        key: String,
+        /// The nearest known one.
+        suggestion: String,
+    },
+    /// A variable that nobody knows.
+    #[error("unknown variable {name} in the environment{suggestion}")]
+    UnknownVariable {
+        /// Its name.
+        name: String,
+        /// The nearest known one.
+        suggestion: String,
+    },
+    /// A value that cannot be.
+    #[error("{key}: {message}")]
+    Value {
+        /// Which setting.
+        key: &'static str,
+        /// Why not.
+        message: String,
+    },
+    /// No place for the socket.
+    #[error("no default place for the application socket: name one with --socket")]
+    NoSocket,
+    /// Not for strangers.
+    #[error(
+        "{0} can be reached from other machines, and sessions are not authenticated yet: \
+         listen on 127.0.0.1, or, in a private test network only, add --allow-unauthenticated"
+    )]
+    Exposed(SocketAddr),
+}
+
+/// The TOML file.
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "kebab-case", default)]
+struct File {
+    name: Option<String>,
+    listen: Option<SocketAddr>,
+    data: Option<SocketAddr>,
+    socket: Option<PathBuf>,
+    transport: Option<OneOrMore>,
+    dpdk_device: Option<String>,
+    dpdk_address: Option<OneOrMore>,
+    peer: BTreeMap<String, String>,
+    store_bytes: Option<Number>,
+    arena_bytes: Option<Number>,
+    liveness: Option<String>,
+    streams: Option<u16>,
+    allow_unauthenticated: bool,
+}
+
+const KEYS: [&str; 13] = [
+    "name",
+    "listen",
+    "data",
+    "socket",
+    "transport",
+    "dpdk-device",
+    "dpdk-address",
+    "peer",
+    "store-bytes",
+    "arena-bytes",
+    "liveness",
+    "streams",
+    "allow-unauthenticated",
+];
+
+#[derive(Debug, Deserialize)]
+#[serde(untagged)]
+enum OneOrMore {
+    One(String),
+    More(Vec<String>),
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(untagged)]
+enum Number {
+    Plain(u64),
+    Text(String),
+}
+
+impl Config {
+    /// Puts the settings together; `variables` are the environment's names.
+    pub fn load(
+        args: AgentArgs,
+        variables: impl Iterator<Item = String>,
+    ) -> Result<Self, ConfigError> {
+        check_variables(variables)?;
+        let file = match &args.config {
+            Some(path) => {
+                let text = std::fs::read_to_string(path).map_err(|source| ConfigError::Read {
+                    path: path.clone(),
+                    source,
+                })?;
+                File::parse(&text, &path.display().to_string())?
+            }
+            None => File::default(),
+        };
+        Self::merge(args, file)
+    }
+
+    fn merge(args: AgentArgs, file: File) -> Result<Self, ConfigError> {
+        let value = |key| move |message: String| ConfigError::Value { key, message };
+        let listen = args
+            .listen
+            .or(file.listen)
+            .unwrap_or(([127, 0, 0, 1], CONTROL_PORT).into());
+        let transport = match (args.transport, file.transport) {
+            (Some(transport), _) => transport,
+            (None, Some(list)) => list
+                .join()
+                .parse()
+                .map_err(|error: PreferenceError| value("transport")(error.to_string()))?,
+            (None, None) => Preference::default(),
+        };
+        let dpdk_addresses = if args.dpdk_address.is_empty() {
+            let list = file.dpdk_address.map(OneOrMore::list).unwrap_or_default();
+            let parse = |text: String| {
+                text.parse()
+                    .map_err(|_| value("dpdk-address")(format!("'{text}' is no IP address")))
+            };
+            list.into_iter().map(parse).collect::<Result<_, _>>()?
+        } else {
+            args.dpdk_address
+        };
+        let liveness = match (args.liveness, file.liveness) {
+            (Some(liveness), _) => liveness,
+            (None, Some(text)) => parse_duration(&text)
+                .map_err(|error: UnitError| value("liveness")(error.to_string()))?,
+            (None, None) => Duration::from_secs(2),
+        };
+        let bytes = |arg: Option<u64>, file: Option<Number>, key| match (arg, file) {
+            (Some(bytes), _) | (None, Some(Number::Plain(bytes))) => Ok(bytes),
+            (None, Some(Number::Text(text))) => {
+                parse_bytes(&text).map_err(|error| value(key)(error.to_string()))
+            }
+            (None, None) => Ok(quarter_of_memory()),
+        };
+        let peers = if args.peer.is_empty() {
+            file.peer
+        } else {
+            args.peer.into_iter().collect()
+        };
+        let config = Self {
+            name: args.name.or(file.name).unwrap_or_else(host_name),
+            listen,
+            data: args
+                .data
+                .or(file.data)
+                .unwrap_or_else(|| SocketAddr::new(listen.ip(), DATA_PORT)),
+            socket: match args.socket.or(file.socket) {
+                Some(socket) => socket,
+                None => default_socket().ok_or(ConfigError::NoSocket)?,
+            },
+            transport,
+            dpdk_device: args.dpdk_device.or(file.dpdk_device),
+            dpdk_addresses,
+            peers,
+            store_bytes: bytes(args.store_bytes, file.store_bytes, "store-bytes")?,
+            arena_bytes: bytes(args.arena_bytes, file.arena_bytes, "arena-bytes")?,
+            liveness,
+            streams: args.streams.or(file.streams).unwrap_or(2),
+            allow_unauthenticated: args.allow_unauthenticated || file.allow_unauthenticated,
+        };
+        config.check()?;
+        Ok(config)
+    }
+
+    fn check(&self) -> Result<(), ConfigError> {
+        let value = |key, message: String| Err(ConfigError::Value { key, message });
+        for name in self.peers.keys().chain([&self.name]) {
+            if let Err(error) = check_node(name) {
+                return value("name", error);
+            }
+        }
+        if self.peers.contains_key(&self.name) {
+            let name = &self.name;
+            return value(
+                "peer",
+                format!("'{name}' is this node's own name: give it another --name"),
+            );
+        }
+        if !(1..=STREAMS_MAX).contains(&self.streams) {
+            return value(
+                "streams",
+                format!("{} is not between 1 and {STREAMS_MAX}", self.streams),
+            );
+        }
+        for address in [self.listen, self.data] {
+            if !address.ip().is_loopback() && !self.allow_unauthenticated {
+                return Err(ConfigError::Exposed(address));
+            }
+        }
+        Ok(())
+    }
+
+    /// What must be said of security, if anything.
+    pub fn warning(&self) -> Option<String> {
+        let exposed = [self.listen, self.data]
+            .iter()
+            .any(|address| !address.ip().is_loopback());
+        exposed.then(|| {
+            format!(
+                "anybody who can reach {} or {} can read and change every tensor: \
+                 sessions are not authenticated; use a private test network only",
+                self.listen, self.data
+            )
+        })
+    }
+
+    /// The limits in words, for the log.
+    pub fn limits(&self) -> String {
+        format!(
+            "store {}, arenas {}",
+            show_bytes(self.store_bytes),
+            show_bytes(self.arena_bytes)
+        )
+    }
+}
+
+impl File {
+    fn parse(text: &str, place: &str) -> Result<Self, ConfigError> {
+        let toml = |error: toml::de::Error| ConfigError::Toml {
+            place: place.to_owned(),
+            message: error.to_string().trim_end().to_owned(),
+        };
+        let table: toml::Table = text.parse().map_err(toml)?;
+        if let Some(key) = table.keys().find(|key| !KEYS.contains(&key.as_str())) {
+            return Err(ConfigError::UnknownKey {
+                place: place.to_owned(),
+                key: key.clone(),
+                suggestion: suggest(key, KEYS.iter().copied()),
+            });
+        }
+        // From the text again, so that errors point to a line.
+        toml::from_str(text).map_err(toml)
+    }
+}
+
+impl OneOrMore {
+    fn list(self) -> Vec<String> {
+        match self {
+            Self::One(one) => vec![one],
+            Self::More(more) => more,
+        }
+    }
+
+    fn join(self) -> String {
+        self.list().join(",")
+    }
+}
+
+/// The application socket if nothing else was said.
+pub fn default_socket() -> Option<PathBuf> {
+    if rustix::process::geteuid().is_root() {
+        return Some("/run/genie/agent.sock".into());
+    }
+    let runtime = std::env::var_os("XDG_RUNTIME_DIR").filter(|path| !path.is_empty())?;
+    Some(Path::new(&runtime).join("genie/agent.sock"))
+}
+
+/// Reads `NAME=ADDRESS`; an address is `HOST`, `HOST:PORT` or `[IPV6]:PORT`.
+fn parse_peer(text: &str) -> Result<(String, String), String> {
+    let refused = || format!("'{text}' is not NAME=ADDRESS, such as b=10.0.0.2:{CONTROL_PORT}");
+    let (name, address) = text.split_once('=').ok_or_else(refused)?;
+    check_node(name)?;
+    if address.is_empty() {
+        return Err(refused());
+    }
+    let has_port = address.parse::<SocketAddr>().is_ok()
+        || address.rsplit_once(':').is_some_and(|(host, port)| {
+            !host.contains(':') && !host.is_empty() && port.parse::<u16>().is_ok()
+        });
+    let address = match address.parse::<IpAddr>() {
+        Ok(ip) => SocketAddr::new(ip, CONTROL_PORT).to_string(),
+        Err(_) if has_port => address.to_owned(),
+        Err(_) if address.contains(':') => return Err(refused()),
+        Err(_) => format!("{address}:{CONTROL_PORT}"),
+    };
+    Ok((name.to_owned(), address))
+}
+
+/// A node's name: one component, without what separates it from a prefix.
+fn check_node(name: &str) -> Result<(), String> {
+    check_name(name).map_err(|error| error.to_string())?;
+    if name.contains(['/', ':', '=', ',']) {
+        return Err(format!("the node name '{name}' contains one of / : = ,"));
+    }
+    Ok(())
+}
+
+fn check_variables(variables: impl Iterator<Item = String>) -> Result<(), ConfigError> {
+    let known: BTreeSet<String> = KEYS
+        .iter()
+        .map(|key| format!("GENIE_{}", key.to_uppercase().replace('-', "_")))
+        .chain(OTHER_VARIABLES.map(str::to_owned))
+        .chain(["GENIE_CONFIG".to_owned()])
+        .collect();
+    for name in variables.filter(|name| name.starts_with("GENIE_")) {
+        if !known.contains(&name) && !name.starts_with("GENIE_TEST_") {
+            let suggestion = suggest(&name, known.iter().map(String::as_str));
+            return Err(ConfigError::UnknownVariable { name, suggestion });
+        }
+    }
+    Ok(())
+}
+
+fn suggest<'a>(wrong: &str, known: impl Iterator<Item = &'a str>) -> String {
+    let distance = |word: &str| strsim::damerau_levenshtein(wrong, word);
+    match known.map(|word| (distance(word), word)).min() {
+        // Further away it would be a guess.
+        Some((distance, word)) if distance <= 1 + wrong.len() / 3 => {
+            format!(": did you mean '{word}'?")
+        }
+        _ => ": 'genie agent --help' lists what there is".to_owned(),
+    }
+}
+
+fn host_name() -> String {
+    let name = rustix::system::uname()
+        .nodename()
+        .to_string_lossy()
+        .into_owned();
+    if check_node(&name).is_ok() {
+        name
+    } else {
+        "genie".to_owned()
+    }
+}
+
+fn quarter_of_memory() -> u64 {
+    let info = rustix::system::sysinfo();
+    (info.totalram as u64).saturating_mul(u64::from(info.mem_unit)) / 4
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn args() -> AgentArgs {
+        AgentArgs {
+            socket: Some("/tmp/s".into()),
+            ..AgentArgs::default()
+        }
+    }
+
+    fn load(args: AgentArgs, toml: &str) -> Result<Config, ConfigError> {
+        Config::merge(args, File::parse(toml, "genie.toml")?)
+    }
+
+    fn refusal(toml: &str) -> String {
+        load(args(), toml).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn a_flag_wins_over_the_file_and_the_file_over_the_default() {
+        let toml = "name = 'f'\nstreams = 4\nliveness = '500ms'\nstore-bytes = '1GiB'\n\
+                    transport = ['tcp']\n[peer]\nb = '127.0.0.1:7000'\n";
+        let config = load(
+            AgentArgs {
+                streams: Some(8),
+                ..args()
+            },
+            toml,
+        )
+        .unwrap();
+        assert_eq!((config.name.as_str(), config.streams), ("f", 8));
+        assert_eq!(config.liveness, Duration::from_millis(500));
+        assert_eq!(config.store_bytes, 1 << 30);
+        assert_eq!(config.transport.to_string(), "tcp");
+        assert_eq!(config.peers["b"], "127.0.0.1:7000");
+        assert_eq!(config.listen, "127.0.0.1:5555".parse().unwrap());
+        assert_eq!(config.data, "127.0.0.1:5556".parse().unwrap());
+    }
+
+    #[test]
+    fn unknown_keys_are_refused_with_the_nearest() {
+        assert!(refusal("strems = 4").contains("did you mean 'streams'?"));
+        assert!(refusal("quux-corge-grault = 1").contains("--help"));
+        let unknown = check_variables(["GENIE_LISTN".to_owned()].into_iter()).unwrap_err();
+        assert!(unknown.to_string().contains("'GENIE_LISTEN'"), "{unknown}");
+        let fine = ["GENIE_SOCKET", "GENIE_DPDK_LIB", "HOME"].map(str::to_owned);
+        assert!(check_variables(fine.into_iter()).is_ok());
+    }
+
+    #[test]
+    fn values_that_cannot_be_are_named() {
+        assert!(refusal("streams = 'four'").contains("streams"));
+        assert!(refusal("streams = 0").contains("between 1 and"));
+        assert!(refusal("liveness = '2 weeks'").contains("liveness"));
+        assert!(refusal("transport = 'rdma'").contains("rdma"));
+        assert!(refusal("name = 'a/b'").contains("a/b"));
+        assert!(refusal("name = 'b'\n[peer]\nb = 'x'").contains("own name"));
+        assert!(refusal("name = ").contains("line 1"));
+    }
+
+    #[test]
+    fn strangers_are_kept_out_unless_told_otherwise() {
+        assert!(refusal("listen = '0.0.0.0:5555'").contains("--allow-unauthenticated"));
+        let allowed = "listen = '0.0.0.0:5555'\nallow-unauthenticated = true";
+        let config = load(args(), allowed).unwrap();
+        assert!(config.warning().unwrap().contains("not authenticated"));
+        assert_eq!(load(args(), "").unwrap().warning(), None);
+    }
+
+    #[test]
+    fn peers_get_the_default_port() {
+        let peer = |text| parse_peer(text).map(|(_, address)| address);
+        assert_eq!(peer("b=10.0.0.2"), Ok("10.0.0.2:5555".into()));
+        assert_eq!(peer("b=10.0.0.2:1"), Ok("10.0.0.2:1".into()));
+        assert_eq!(peer("b=::1"), Ok("[::1]:5555".into()));
+        assert_eq!(peer("b=[::1]:7"), Ok("[::1]:7".into()));
+        assert_eq!(peer("b=host"), Ok("host:5555".into()));
+        for bad in ["b", "=x", "b=", "a:b=x", "b=host:port", "b=:1"] {
+            assert!(peer(bad).is_err(), "{bad}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn files_from_anywhere_never_panic(text in ".{0,200}") {
+            let _ = load(args(), &text);
+        }
+
+        #[test]
+        fn values_from_anywhere_never_panic(
+            key in proptest::sample::select(&KEYS[..]),
+            value in "[^'\n]{0,40}",
+        ) {
+            let _ = load(args(), &format!("{key} = '{value}'"));
+        }
+    }
+}

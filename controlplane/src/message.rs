@@ -1,0 +1,199 @@
+//! What two agents say to each other on the control connection.
+//!
+//! ```text
+//!   dialler                              acceptor
+//!   preamble, Hello               →      ← preamble, Hello (or Bye)
+//!   Try                           →      ← Trying (or TryRefused)
+//!        … both open the path …          ← Opened
+//!   Chosen (or the next Try, or NoPath) →
+//!   ── the session is up; Ping both ways ──
+//!   Begin Put, Tensors…           →      ← Granted…            ← Done
+//!   Begin Get                     →      ← Found, Tensors…
+//!   Granted…                      →                            ← Done
+//!   Begin List                    →      ← Listed…             ← Done
+//!   Begin Remove                  →                            ← Done
+//!   Cancel (of any of these)      →
+//!   Bye, either way, at the end
+//! ```
+
+use std::fmt;
+
+use genie_dataplane::ledger::Copies;
+use genie_dataplane::tcp::Token;
+use genie_dataplane::{SessionId, TransferId};
+use serde::{Deserialize, Serialize};
+
+use crate::negotiation::Refusal;
+use crate::store::Listed;
+use crate::tensor::{Metadata, TensorInfo};
+use crate::transport::{Offer, Preference, Transport};
+
+/// Names one run of an agent; a restarted agent has another.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Instance(pub [u8; 16]);
+
+/// How an agent introduces itself.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Hello {
+    /// Node name.
+    pub name: String,
+    /// This run of it.
+    pub instance: Instance,
+    /// What it allows, best first.
+    pub preference: Preference,
+    /// What it has.
+    pub offers: Vec<Offer>,
+    /// After how many milliseconds of silence it gives a peer up; the peer
+    /// sends heartbeats several times as often.
+    pub liveness_ms: u64,
+}
+
+/// A message between agents.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub enum Message {
+    /// The first message each way.
+    Hello(Hello),
+    /// Dialler: let us open a path.
+    Try {
+        /// Over this transport.
+        transport: Transport,
+        /// What the acceptor shall put into what it sends.
+        session: SessionId,
+        /// Proves that data connections are the dialler's.
+        token: Token,
+    },
+    /// Acceptor: ready, open yours.
+    Trying {
+        /// What the dialler shall put into what it sends.
+        session: SessionId,
+    },
+    /// Acceptor: it cannot be tried.
+    TryRefused {
+        /// Why.
+        reason: String,
+    },
+    /// Acceptor: how opening ended on its side.
+    Opened {
+        /// Nothing, or why not.
+        result: Result<(), String>,
+    },
+    /// Dialler: the path just opened carries the session.
+    Chosen {
+        /// Better paths, and why they were refused.
+        refused: Vec<Refusal>,
+    },
+    /// Dialler: there is none.
+    NoPath {
+        /// Why.
+        refused: Vec<Refusal>,
+    },
+    /// Heartbeat.
+    Ping,
+    /// The sender ends the session.
+    Bye {
+        /// Why.
+        reason: String,
+    },
+    /// Dialler: a request begins.
+    Begin {
+        /// Names it in what follows.
+        id: u64,
+        /// What is wanted.
+        request: Request,
+    },
+    /// More of the list of tensors of a put or get.
+    Tensors {
+        /// Which request.
+        id: u64,
+        /// Descriptions, in order.
+        tensors: Vec<TensorInfo>,
+    },
+    /// What a get will bring.
+    Found {
+        /// Which request.
+        id: u64,
+        /// How many tensors.
+        count: u64,
+        /// The prefix's metadata.
+        metadata: Option<Metadata>,
+    },
+    /// The receiver of tensors expects the next ones, under these ids.
+    Granted {
+        /// Which request.
+        id: u64,
+        /// In the order of the tensors.
+        transfers: Vec<TransferId>,
+    },
+    /// More of a listing.
+    Listed {
+        /// Which request.
+        id: u64,
+        /// Stored tensors.
+        tensors: Vec<Listed>,
+    },
+    /// Acceptor: the request has ended.
+    Done {
+        /// Which request.
+        id: u64,
+        /// What was done, or why not.
+        result: Result<Outcome, String>,
+    },
+    /// Dialler: never mind.
+    Cancel {
+        /// Which request.
+        id: u64,
+    },
+}
+
+/// What a dialler can ask for.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub enum Request {
+    /// Take tensors into the store; their list follows.
+    Put {
+        /// Where to.
+        prefix: String,
+        /// How many.
+        count: u64,
+        /// Kept with the prefix.
+        metadata: Option<Metadata>,
+    },
+    /// Send the tensors under a prefix.
+    Get {
+        /// Which.
+        prefix: String,
+    },
+    /// List the store.
+    List,
+    /// Remove tensors.
+    Remove {
+        /// A full name or a prefix.
+        name: String,
+    },
+}
+
+/// How a request ended at one end.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Outcome {
+    /// Tensors moved, or removed.
+    pub tensors: u64,
+    /// Bytes moved.
+    pub bytes: u64,
+    /// Segments this end sent more than once.
+    pub retransmits: u64,
+    /// What CPUs copied at this end.
+    pub copies: Copies,
+    /// CRC32C of all tensors' bytes in the order of their names.
+    pub digest: u32,
+}
+
+impl fmt::Display for Instance {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+    }
+}
+
+impl fmt::Debug for Instance {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Instance({self})")
+    }
+}

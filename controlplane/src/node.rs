@@ -1,0 +1,281 @@
+//! What all tasks of an agent share: who it is, what it has, whom it knows.
+
+use std::collections::{BTreeMap, HashMap};
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use genie_dataplane::SessionId;
+use genie_dataplane::endpoint::Lost;
+
+use crate::message::{Hello, Instance};
+use crate::session::{Direction, Session, SessionError, establish};
+use crate::status::{AgentStatus, PeerStatus, SessionStatus, TransportStatus};
+use crate::store::{Budget, Store, Usage};
+use crate::transport::{Local, Preference, Transport, Transports};
+
+/// One agent. Shared by all its tasks.
+#[derive(Debug)]
+pub struct Node {
+    /// Node name.
+    pub name: String,
+    /// This run.
+    pub instance: Instance,
+    /// Transports allowed, best first.
+    pub preference: Preference,
+    /// After how much silence a peer is given up.
+    pub liveness: Duration,
+    /// Transports that run, and why the others do not.
+    pub transports: Transports,
+    /// The tensors kept here.
+    pub store: Store,
+    /// What applications' arenas are allocated from.
+    pub arenas: Budget,
+    /// Peers that can be dialled.
+    pub peers: BTreeMap<String, Peer>,
+    /// Where peers reach us.
+    pub listen: SocketAddr,
+    /// The application socket.
+    pub socket: PathBuf,
+    /// What must be said of security.
+    pub warning: Option<String>,
+    /// When the agent started.
+    pub started: Instant,
+    live: Mutex<HashMap<(Transport, SessionId), Arc<Session>>>,
+    busy: AtomicUsize,
+}
+
+/// A peer that can be dialled.
+#[derive(Debug)]
+pub struct Peer {
+    /// Where it is, `host:port`.
+    pub address: String,
+    session: tokio::sync::Mutex<Option<Arc<Session>>>,
+}
+
+/// What a node is made of.
+#[derive(Debug)]
+pub struct Parts {
+    /// Node name.
+    pub name: String,
+    /// Transports allowed, best first.
+    pub preference: Preference,
+    /// After how much silence a peer is given up.
+    pub liveness: Duration,
+    /// Transports that run.
+    pub transports: Transports,
+    /// Limit of the store.
+    pub store_bytes: u64,
+    /// Limit of all arenas together.
+    pub arena_bytes: u64,
+    /// Names and addresses of peers.
+    pub peers: BTreeMap<String, String>,
+    /// Where peers reach us.
+    pub listen: SocketAddr,
+    /// The application socket.
+    pub socket: PathBuf,
+    /// What must be said of security.
+    pub warning: Option<String>,
+}
+
+/// Something under way that a stopping agent waits for.
+#[derive(Debug)]
+pub struct Busy<'a>(&'a AtomicUsize);
+
+impl Node {
+    /// Puts a node together.
+    pub fn new(parts: Parts) -> Arc<Self> {
+        let peer = |(name, address)| {
+            (
+                name,
+                Peer {
+                    address,
+                    session: Default::default(),
+                },
+            )
+        };
+        Arc::new(Self {
+            name: parts.name,
+            instance: Instance(random()),
+            preference: parts.preference,
+            liveness: parts.liveness,
+            transports: parts.transports,
+            store: Store::new(parts.store_bytes),
+            arenas: Budget::new("arena memory", "--arena-bytes", parts.arena_bytes),
+            peers: parts.peers.into_iter().map(peer).collect(),
+            listen: parts.listen,
+            socket: parts.socket,
+            warning: parts.warning,
+            started: Instant::now(),
+            live: Mutex::default(),
+            busy: AtomicUsize::new(0),
+        })
+    }
+
+    /// How we introduce ourselves.
+    pub fn hello(&self) -> Hello {
+        Hello {
+            name: self.name.clone(),
+            instance: self.instance,
+            preference: self.preference.clone(),
+            offers: self.transports.offers(),
+            liveness_ms: self.liveness.as_millis().try_into().unwrap_or(u64::MAX),
+        }
+    }
+
+    /// The session with a peer that we dialled, or a new one.
+    pub async fn session(self: &Arc<Self>, name: &str) -> Result<Arc<Session>, SessionError> {
+        let Some(peer) = self.peers.get(name) else {
+            let names: Vec<_> = self.peers.keys().map(String::as_str).collect();
+            let known = match &names[..] {
+                [] => "none is known".to_owned(),
+                names => format!("known: {}", names.join(", ")),
+            };
+            return Err(SessionError::UnknownPeer {
+                name: name.to_owned(),
+                known,
+            });
+        };
+        // Held while dialling: whoever comes second gets the same session.
+        let mut session = peer.session.lock().await;
+        if let Some(session) = session.as_ref().filter(|session| session.ended().is_none()) {
+            return Ok(Arc::clone(session));
+        }
+        let dialled = establish::dial(self, name, &peer.address).await?;
+        *session = Some(Arc::clone(&dialled));
+        Ok(dialled)
+    }
+
+    /// Notes a session that is up.
+    pub(crate) fn adopt(&self, session: &Arc<Session>) {
+        let key = (session.path.transport, session.path.session);
+        self.live().insert(key, Arc::clone(session));
+    }
+
+    /// Forgets a session that has ended.
+    pub(crate) fn forget(&self, session: &Session) {
+        self.live()
+            .remove(&(session.path.transport, session.path.session));
+    }
+
+    /// Ends the session whose path an engine has lost.
+    pub fn lose(&self, transport: Transport, lost: &Lost) {
+        let session = self.live().get(&(transport, lost.session)).cloned();
+        if let Some(session) = session {
+            session.end(format!("peer '{}': {}", session.peer, lost.reason));
+        }
+    }
+
+    /// Ends all sessions.
+    pub fn end_sessions(&self, reason: &str) {
+        let sessions: Vec<_> = self.live().values().cloned().collect();
+        for session in sessions {
+            session.end(reason);
+        }
+    }
+
+    /// Marks something as under way.
+    pub fn busy(&self) -> Busy<'_> {
+        self.busy.fetch_add(1, Ordering::Relaxed);
+        Busy(&self.busy)
+    }
+
+    /// Whether anything is under way.
+    pub fn is_busy(&self) -> bool {
+        self.busy.load(Ordering::Relaxed) > 0
+    }
+
+    /// A picture of it all.
+    pub fn status(&self) -> AgentStatus {
+        let peer = |(name, peer): (&String, &Peer)| PeerStatus {
+            name: name.clone(),
+            address: peer.address.clone(),
+        };
+        let mut sessions: Vec<_> = self.live().values().map(|s| session_status(s)).collect();
+        sessions.sort_by(|a, b| (&a.peer, a.session).cmp(&(&b.peer, b.session)));
+        AgentStatus {
+            name: self.name.clone(),
+            instance: self.instance.to_string(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            up_seconds: self.started.elapsed().as_secs_f64(),
+            listen: self.listen,
+            socket: self.socket.clone(),
+            warning: self.warning.clone(),
+            preference: self.preference.to_string(),
+            transports: self.transport_status(),
+            peers: self.peers.iter().map(peer).collect(),
+            sessions,
+            store: self.store.usage(),
+            arenas: Usage {
+                tensors: 0,
+                used_bytes: self.arenas.used(),
+                limit_bytes: self.arenas.limit(),
+            },
+        }
+    }
+
+    fn transport_status(&self) -> Vec<TransportStatus> {
+        let one = |offer: crate::transport::Offer| {
+            let engine = self.transports.engine(offer.transport);
+            TransportStatus {
+                transport: offer.transport.to_string(),
+                path: engine.map(|engine| engine.path()),
+                data: match &offer.local {
+                    Ok(Local::Tcp { data, .. }) => Some(*data),
+                    _ => None,
+                },
+                reason: offer.local.err(),
+                engine: engine.map(|engine| engine.status.snapshot()),
+            }
+        };
+        self.transports.offers().into_iter().map(one).collect()
+    }
+
+    fn live(&self) -> MutexGuard<'_, HashMap<(Transport, SessionId), Arc<Session>>> {
+        // Nothing here panics while it holds the lock half-changed.
+        self.live.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Busy<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+fn session_status(session: &Session) -> SessionStatus {
+    SessionStatus {
+        peer: session.peer.clone(),
+        instance: session.instance.to_string(),
+        direction: match session.direction {
+            Direction::Dialled => "dialled",
+            Direction::Accepted => "accepted",
+        }
+        .to_owned(),
+        path: session.path.name.clone(),
+        reasons: session.refused.iter().map(ToString::to_string).collect(),
+        up_seconds: session.since.elapsed().as_secs_f64(),
+        opened_in_us: session
+            .path
+            .round_trip
+            .as_micros()
+            .try_into()
+            .unwrap_or(u64::MAX),
+        session: session.path.session.0,
+        requests: session.requests() as u64,
+    }
+}
+
+/// Random bytes from the kernel.
+pub fn random<const N: usize>() -> [u8; N] {
+    let mut bytes = [0; N];
+    let mut filled = 0;
+    while filled < N {
+        // Blocks only in the first moments after boot; fails only on a signal.
+        let flags = rustix::rand::GetRandomFlags::empty();
+        filled += rustix::rand::getrandom(&mut bytes[filled..], flags).unwrap_or(0);
+    }
+    bytes
+}

@@ -1,0 +1,520 @@
+//! One connection to a peer's agent, and the path it was given.
+//!
+//! [`establish`] dials or accepts and negotiates; from then on three tasks
+//! serve a session: a reader, a writer (which also sends heartbeats), and one
+//! for each request. The invariant: *a session ends once, with one reason, and
+//! at that moment everything that waits for it is told*: calls, requests, and
+//! through the engine every transfer.
+//!
+//! Requests go from the dialler to the acceptor; an agent that wants something
+//! of a peer that dialled it dials a session of its own.
+
+pub mod establish;
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use genie_dataplane::SessionId;
+use genie_dataplane::endpoint::Endpoint;
+use tokio::io::AsyncWriteExt;
+use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
+use tokio::sync::{mpsc, watch};
+use tokio::task::AbortHandle;
+use tokio::time::timeout;
+
+use crate::frame::{self, FrameError};
+use crate::message::{Instance, Message, Request};
+use crate::negotiation::Refusal;
+use crate::node::Node;
+use crate::transfer;
+use crate::transport::{Preference, Transport};
+
+/// Messages that may wait to be written; more make their senders wait.
+const OUTBOX: usize = 64;
+
+/// Messages that may wait for one request. Grants are bounded by the operations
+/// an endpoint may have outstanding, so a peer that exceeds this floods us.
+const INBOX: usize = 2 * genie_dataplane::endpoint::OPERATIONS_MAX;
+
+/// Requests a peer may have under way in one session.
+const REQUESTS_MAX: usize = 1024;
+
+/// Heartbeats in the time after which a silent peer is given up.
+const HEARTBEATS: u32 = 4;
+
+/// Why there is no session, or no longer.
+#[derive(Debug, thiserror::Error)]
+pub enum SessionError {
+    /// No such peer in the configuration.
+    #[error("no peer is called '{name}' ({known}): start the agent with --peer {name}=ADDRESS")]
+    UnknownPeer {
+        /// What was asked for.
+        name: String,
+        /// What there is.
+        known: String,
+    },
+    /// Nobody there.
+    #[error("cannot reach peer '{peer}' at {address}: {reason}; is 'genie agent' running there?")]
+    Unreachable {
+        /// Its name.
+        peer: String,
+        /// Where it should be.
+        address: String,
+        /// The system's answer.
+        reason: String,
+    },
+    /// The connection broke, or what came was not understood.
+    #[error("peer '{peer}': {source}")]
+    Frame {
+        /// Its name.
+        peer: String,
+        /// What happened.
+        source: FrameError,
+    },
+    /// Nothing came in time.
+    #[error("peer '{peer}' did not answer for {limit:?}")]
+    Silent {
+        /// Its name.
+        peer: String,
+        /// How long.
+        limit: Duration,
+    },
+    /// It does not want us.
+    #[error("peer '{peer}' refused: {reason}")]
+    Refused {
+        /// Its name.
+        peer: String,
+        /// Its words.
+        reason: String,
+    },
+    /// Something else than the protocol asks for.
+    #[error("peer '{peer}' sent {what} where the protocol has no place for it")]
+    Unexpected {
+        /// Its name.
+        peer: String,
+        /// What kind of message.
+        what: String,
+    },
+    /// No transport that both allow works.
+    #[error("no path to peer '{peer}': {reasons}")]
+    NoPath {
+        /// Its name.
+        peer: String,
+        /// Each transport's reason.
+        reasons: String,
+    },
+    /// The session has ended.
+    #[error("{0}")]
+    Ended(Arc<str>),
+}
+
+/// Who dialled.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Direction {
+    /// We did.
+    Dialled,
+    /// The peer did.
+    Accepted,
+}
+
+/// The path of a session.
+#[derive(Clone, Debug)]
+pub struct Path {
+    /// Which transport.
+    pub transport: Transport,
+    /// How it is called.
+    pub name: String,
+    /// The engine that moves its tensors.
+    pub endpoint: Endpoint,
+    /// The engine's name for the session.
+    pub session: SessionId,
+    /// Round trip when it was opened.
+    pub round_trip: Duration,
+}
+
+/// A session with a peer. Any task may use it.
+#[derive(Debug)]
+pub struct Session {
+    /// The peer's name.
+    pub peer: String,
+    /// The peer's run.
+    pub instance: Instance,
+    /// Who dialled.
+    pub direction: Direction,
+    /// The path it takes.
+    pub path: Path,
+    /// Better paths and why they were refused.
+    pub refused: Vec<Refusal>,
+    /// Since when it is up.
+    pub since: Instant,
+    outbox: mpsc::Sender<Message>,
+    calls: Mutex<HashMap<u64, Entry>>,
+    next_call: AtomicU64,
+    end: watch::Sender<Option<Arc<str>>>,
+}
+
+/// What was agreed before a session is up.
+#[derive(Debug)]
+pub struct Agreed {
+    /// The peer's name.
+    pub peer: String,
+    /// The peer's run.
+    pub instance: Instance,
+    /// Who dialled.
+    pub direction: Direction,
+    /// The path.
+    pub path: Path,
+    /// Better paths and why they were refused.
+    pub refused: Vec<Refusal>,
+    /// After how much silence the more impatient of the two gives up.
+    pub liveness: Duration,
+}
+
+/// A request under way, as seen by one end. Dropping it gives the request up.
+#[derive(Debug)]
+pub struct Call {
+    session: Arc<Session>,
+    id: u64,
+    inbox: mpsc::Receiver<Message>,
+    /// Whether the other end must be told when this is dropped.
+    cancels: bool,
+}
+
+#[derive(Debug)]
+struct Entry {
+    inbox: mpsc::Sender<Message>,
+    task: Option<AbortHandle>,
+}
+
+impl Session {
+    /// Starts serving a connection on which everything was agreed.
+    pub fn start(
+        node: &Arc<Node>,
+        agreed: Agreed,
+        reader: OwnedReadHalf,
+        writer: OwnedWriteHalf,
+    ) -> Arc<Self> {
+        let Agreed {
+            peer,
+            instance,
+            direction,
+            path,
+            refused,
+            liveness,
+        } = agreed;
+        let (outbox, outgoing) = mpsc::channel(OUTBOX);
+        let session = Arc::new(Self {
+            peer,
+            instance,
+            direction,
+            path,
+            refused,
+            since: Instant::now(),
+            outbox,
+            calls: Mutex::default(),
+            next_call: AtomicU64::new(1),
+            end: watch::Sender::new(None),
+        });
+        node.adopt(&session);
+        tokio::spawn(write_loop(Arc::clone(&session), writer, outgoing, liveness));
+        tokio::spawn(read_loop(
+            Arc::clone(node),
+            Arc::clone(&session),
+            reader,
+            liveness,
+        ));
+        session
+    }
+
+    /// Why it ended; none while it is up.
+    pub fn ended(&self) -> Option<Arc<str>> {
+        self.end.borrow().clone()
+    }
+
+    /// Waits until it ends.
+    pub async fn until_ended(&self) -> Arc<str> {
+        let mut end = self.end.subscribe();
+        let ended = end.wait_for(Option::is_some).await;
+        ended
+            .ok()
+            .and_then(|reason| reason.clone())
+            .unwrap_or_else(|| "the session ended".into())
+    }
+
+    /// Ends it; only the first reason counts.
+    pub fn end(&self, reason: impl Into<Arc<str>>) {
+        let reason = reason.into();
+        let first = self.end.send_if_modified(|end| {
+            let first = end.is_none();
+            end.get_or_insert_with(|| Arc::clone(&reason));
+            first
+        });
+        if !first {
+            return;
+        }
+        tracing::info!(peer = %self.peer, path = %self.path.name, %reason, "session ended");
+        self.path.endpoint.close(self.path.session);
+        for (_, entry) in self.lock().drain() {
+            if let Some(task) = entry.task {
+                task.abort();
+            }
+        }
+    }
+
+    /// Begins a request.
+    pub async fn call(self: &Arc<Self>, request: Request) -> Result<Call, SessionError> {
+        let id = self.next_call.fetch_add(1, Ordering::Relaxed);
+        let (inbox, incoming) = mpsc::channel(INBOX);
+        self.lock().insert(id, Entry { inbox, task: None });
+        let call = Call {
+            session: Arc::clone(self),
+            id,
+            inbox: incoming,
+            cancels: true,
+        };
+        call.send(Message::Begin { id, request }).await?;
+        Ok(call)
+    }
+
+    /// Requests under way, either way.
+    pub fn requests(&self) -> usize {
+        self.lock().len()
+    }
+
+    fn error(&self) -> SessionError {
+        SessionError::Ended(
+            self.ended().unwrap_or_else(|| {
+                format!("the session with peer '{}' is ending", self.peer).into()
+            }),
+        )
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<u64, Entry>> {
+        // Nothing here panics while it holds the lock half-changed.
+        self.calls.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Hands a message of a request to whoever serves it.
+    fn route(&self, id: u64, message: Message) -> Result<(), String> {
+        let calls = self.lock();
+        // Not there: it ended or was given up while this was on its way.
+        let Some(entry) = calls.get(&id) else {
+            return Ok(());
+        };
+        match entry.inbox.try_send(message) {
+            Ok(()) | Err(mpsc::error::TrySendError::Closed(_)) => Ok(()),
+            Err(mpsc::error::TrySendError::Full(_)) => {
+                Err(format!("it sent more than {INBOX} messages ahead"))
+            }
+        }
+    }
+
+    /// Serves a request of the peer's.
+    fn serve(self: &Arc<Self>, node: &Arc<Node>, id: u64, request: Request) -> Result<(), String> {
+        if self.direction == Direction::Dialled {
+            return Err("it sent a request to the node that dialled".to_owned());
+        }
+        let (inbox, incoming) = mpsc::channel(INBOX);
+        {
+            let mut calls = self.lock();
+            if calls.len() >= REQUESTS_MAX {
+                return Err(format!(
+                    "it has more than {REQUESTS_MAX} requests under way"
+                ));
+            }
+            if calls.insert(id, Entry { inbox, task: None }).is_some() {
+                return Err(format!("it used request number {id} twice"));
+            }
+        }
+        let mut call = Call {
+            session: Arc::clone(self),
+            id,
+            inbox: incoming,
+            cancels: false,
+        };
+        let node = Arc::clone(node);
+        let task = tokio::spawn(async move {
+            let result = transfer::serve(&node, &mut call, request).await;
+            if let Err(reason) = &result {
+                tracing::info!(peer = %call.session.peer, %reason, "a request failed");
+            }
+            let result = result.map_err(|error| error.to_string());
+            // If the session has ended, the peer has been told that instead.
+            let _ = call.send(Message::Done { id, result }).await;
+        });
+        if let Some(entry) = self.lock().get_mut(&id) {
+            entry.task = Some(task.abort_handle());
+        }
+        Ok(())
+    }
+
+    fn dispatch(self: &Arc<Self>, node: &Arc<Node>, message: Message) -> Result<(), String> {
+        match message {
+            Message::Ping => Ok(()),
+            Message::Bye { reason } => {
+                self.end(format!("peer '{}' ended the session: {reason}", self.peer));
+                Ok(())
+            }
+            Message::Begin { id, request } => self.serve(node, id, request),
+            Message::Cancel { id } => {
+                if let Some(Entry {
+                    task: Some(task), ..
+                }) = self.lock().remove(&id)
+                {
+                    task.abort();
+                }
+                Ok(())
+            }
+            Message::Tensors { id, .. }
+            | Message::Found { id, .. }
+            | Message::Granted { id, .. }
+            | Message::Listed { id, .. }
+            | Message::Done { id, .. } => self.route(id, message),
+            Message::Hello(_)
+            | Message::Try { .. }
+            | Message::Trying { .. }
+            | Message::TryRefused { .. }
+            | Message::Opened { .. }
+            | Message::Chosen { .. }
+            | Message::NoPath { .. } => {
+                Err("it negotiates in a session that is already up".to_owned())
+            }
+        }
+    }
+}
+
+impl Call {
+    /// The session it belongs to.
+    pub fn session(&self) -> &Arc<Session> {
+        &self.session
+    }
+
+    /// Its number in the session.
+    pub fn id(&self) -> u64 {
+        self.id
+    }
+
+    /// Sends a message; fails once the session has ended.
+    pub async fn send(&self, message: Message) -> Result<(), SessionError> {
+        self.session
+            .outbox
+            .send(message)
+            .await
+            .map_err(|_| self.session.error())
+    }
+
+    /// The next message of this request.
+    pub async fn recv(&mut self) -> Result<Message, SessionError> {
+        self.inbox.recv().await.ok_or_else(|| self.session.error())
+    }
+
+    /// Says that nothing more is to come: dropping it cancels nothing.
+    pub fn finish(&mut self) {
+        self.cancels = false;
+    }
+
+    /// A message that has no place here.
+    pub fn unexpected(&self, message: &Message) -> SessionError {
+        SessionError::Unexpected {
+            peer: self.session.peer.clone(),
+            what: kind(message),
+        }
+    }
+}
+
+impl Drop for Call {
+    fn drop(&mut self) {
+        self.session.lock().remove(&self.id);
+        if self.cancels && self.session.ended().is_none() {
+            let (outbox, id) = (self.session.outbox.clone(), self.id);
+            if let Err(mpsc::error::TrySendError::Full(message)) =
+                outbox.try_send(Message::Cancel { id })
+            {
+                tokio::spawn(async move { outbox.send(message).await });
+            }
+        }
+    }
+}
+
+/// The first word of a message, for errors.
+fn kind(message: &Message) -> String {
+    let text = format!("{message:?}");
+    text.split([' ', '(']).next().unwrap_or_default().to_owned()
+}
+
+async fn read_loop(
+    node: Arc<Node>,
+    session: Arc<Session>,
+    mut reader: OwnedReadHalf,
+    liveness: Duration,
+) {
+    let peer = &session.peer;
+    let reason = loop {
+        let next = timeout(
+            liveness,
+            frame::read::<Message, _>(&mut reader, frame::BODY_MAX),
+        );
+        let next = tokio::select! {
+            next = next => next,
+            reason = session.until_ended() => break reason.to_string(),
+        };
+        match next {
+            Ok(Ok(message)) => {
+                if let Err(why) = session.dispatch(&node, message) {
+                    break format!("peer '{peer}' broke the protocol: {why}");
+                }
+            }
+            Ok(Err(FrameError::Closed)) => {
+                break format!("peer '{peer}' closed the connection: it died or was stopped");
+            }
+            Ok(Err(error)) => break format!("peer '{peer}': {error}"),
+            Err(_) => break format!("peer '{peer}' did not answer for {liveness:?}"),
+        }
+    };
+    session.end(reason);
+    node.forget(&session);
+}
+
+async fn write_loop(
+    session: Arc<Session>,
+    mut writer: OwnedWriteHalf,
+    mut outgoing: mpsc::Receiver<Message>,
+    liveness: Duration,
+) {
+    let mut heartbeat = tokio::time::interval(liveness / HEARTBEATS);
+    heartbeat.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        let message = tokio::select! {
+            biased;
+            reason = session.until_ended() => {
+                let bye = Message::Bye { reason: reason.to_string() };
+                // The peer may be gone, which is why the session ended.
+                let _ = timeout(liveness, frame::write(&mut writer, &bye)).await;
+                let _ = writer.shutdown().await;
+                return;
+            }
+            message = outgoing.recv() => message.unwrap_or(Message::Ping),
+            _ = heartbeat.tick() => Message::Ping,
+        };
+        let peer = &session.peer;
+        match timeout(liveness, frame::write(&mut writer, &message)).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => session.end(format!("peer '{peer}': {error}")),
+            Err(_) => session.end(format!("peer '{peer}' took nothing for {liveness:?}")),
+        }
+    }
+}
+
+/// What two nodes that prefer `ours` and `theirs` cannot do without.
+pub(crate) fn show_refusals(refused: &[Refusal], ours: &Preference) -> String {
+    if refused.is_empty() {
+        return format!("no transport in common (--transport {ours})");
+    }
+    refused
+        .iter()
+        .map(Refusal::to_string)
+        .collect::<Vec<_>>()
+        .join("; ")
+}

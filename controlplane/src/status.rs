@@ -1,0 +1,87 @@
+//! What `genie status` shows.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use genie_dataplane::engine::Snapshot;
+use serde::{Deserialize, Serialize};
+
+use crate::store::Usage;
+
+/// A picture of an agent.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct AgentStatus {
+    /// Node name.
+    pub name: String,
+    /// This run of it.
+    pub instance: String,
+    /// Version of the program.
+    pub version: String,
+    /// Seconds since it was ready.
+    pub up_seconds: f64,
+    /// Where peers reach it.
+    pub listen: SocketAddr,
+    /// The application socket.
+    pub socket: PathBuf,
+    /// What it says of security; none when there is nothing to say.
+    pub warning: Option<String>,
+    /// What it allows, best first.
+    pub preference: String,
+    /// Transports and why some cannot be used.
+    pub transports: Vec<TransportStatus>,
+    /// Peers that can be dialled.
+    pub peers: Vec<PeerStatus>,
+    /// Sessions that are up.
+    pub sessions: Vec<SessionStatus>,
+    /// What the store holds.
+    pub store: Usage,
+    /// Bytes of applications' arenas.
+    pub arenas: Usage,
+}
+
+/// A picture of one transport.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct TransportStatus {
+    /// `dpdk` or `tcp`.
+    pub transport: String,
+    /// How a path over it is called; none if it cannot be used.
+    pub path: Option<String>,
+    /// Where its data port is, where it has one.
+    pub data: Option<SocketAddr>,
+    /// Why it cannot be used; none if it can.
+    pub reason: Option<String>,
+    /// The engine's own picture.
+    pub engine: Option<Snapshot>,
+}
+
+/// A peer that can be dialled.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct PeerStatus {
+    /// Its name.
+    pub name: String,
+    /// Where it is.
+    pub address: String,
+}
+
+/// A picture of one session.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct SessionStatus {
+    /// The peer's name.
+    pub peer: String,
+    /// The peer's run.
+    pub instance: String,
+    /// Who dialled: `dialled` or `accepted`.
+    pub direction: String,
+    /// The path it takes.
+    pub path: String,
+    /// Why better paths were refused.
+    pub reasons: Vec<String>,
+    /// Seconds since it is up.
+    pub up_seconds: f64,
+    /// Round trip measured when the path was opened, in microseconds.
+    pub opened_in_us: u64,
+    /// The engine's id of it.
+    pub session: u32,
+    /// Requests under way.
+    pub requests: u64,
+}

@@ -1,0 +1,351 @@
+//! Batches of tensors on the move: put and get, seen from both ends.
+//!
+//! The receiver of tensors makes room for all of them, then expects them one by
+//! one and tells the sender under which ids (*grants*). Grants are streamed: an
+//! endpoint takes a bounded number of operations at a time, so the sender
+//! already sends while later tensors still wait. The invariant: *nothing is
+//! kept before every tensor of the batch was verified at both ends*.
+
+mod batch;
+mod local;
+mod serve;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
+
+use genie_dataplane::engine::FailReason;
+use genie_dataplane::ledger::Copies;
+use genie_dataplane::memory::Lease;
+use serde::{Deserialize, Serialize};
+
+pub use local::{fetch as get_local, keep as put_local};
+pub use serve::serve;
+
+use crate::message::{Message, Outcome, Request};
+use crate::session::{Call, Session, SessionError};
+use crate::store::{AllocateError, Allocation, Budget, CommitError, Listed, NotFound};
+use crate::tensor::{Metadata, TENSORS_MAX, TensorError, TensorInfo, check_batch};
+use batch::{Tally, receive_all, send_all, send_list};
+
+/// Why a batch did not move, or a request failed.
+#[derive(Debug, thiserror::Error)]
+pub enum TransferError {
+    /// There is no session, or it ended.
+    #[error(transparent)]
+    Session(#[from] SessionError),
+    /// The batch itself is bad.
+    #[error(transparent)]
+    Tensor(#[from] TensorError),
+    /// No room.
+    #[error(transparent)]
+    Allocate(#[from] AllocateError),
+    /// The store does not take it.
+    #[error(transparent)]
+    Commit(#[from] CommitError),
+    /// Nothing of that name.
+    #[error(transparent)]
+    NotFound(#[from] NotFound),
+    /// A transfer failed.
+    #[error("a tensor did not arrive: {0}")]
+    Failed(FailReason),
+    /// The peer could not do its part.
+    #[error("peer '{peer}': {reason}")]
+    Peer {
+        /// Its name.
+        peer: String,
+        /// Its words.
+        reason: String,
+    },
+    /// The two ends moved different bytes.
+    #[error(
+        "peer '{peer}' has digest {theirs:08x} of the batch, this end {ours:08x}: it was given up"
+    )]
+    Digest {
+        /// Its name.
+        peer: String,
+        /// Its digest.
+        theirs: u32,
+        /// Ours.
+        ours: u32,
+    },
+    /// A task of this agent ended before its time.
+    #[error("the agent is stopping")]
+    Stopping,
+}
+
+/// A tensor to be sent.
+#[derive(Clone, Debug)]
+pub struct Source {
+    /// What it is.
+    pub info: TensorInfo,
+    /// Its bytes.
+    pub lease: Lease,
+}
+
+/// Tensors that arrived, one after the other in one allocation.
+#[derive(Clone, Debug)]
+pub struct Arrived {
+    /// What they are, in order, without gaps.
+    pub tensors: Vec<TensorInfo>,
+    /// Their prefix's metadata.
+    pub metadata: Option<Metadata>,
+    /// Their bytes, from the start of it.
+    pub allocation: Arc<Allocation>,
+}
+
+/// How a batch moved.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Moved {
+    /// Tensors.
+    pub tensors: u64,
+    /// Bytes of all of them.
+    pub bytes: u64,
+    /// From the request until both ends had verified everything, room made included.
+    pub seconds: f64,
+    /// Decimal gigabytes a second.
+    pub gb_per_s: f64,
+    /// The path taken: `tcp`, `dpdk:net_vhost`, `local` …
+    pub path: String,
+    /// Why better paths were refused.
+    pub reasons: Vec<String>,
+    /// Segments sent more than once, both ends together.
+    pub retransmits: u64,
+    /// Genie's own CPU copies, both ends together, per byte delivered.
+    pub copies_per_byte: f64,
+    /// Bytes copied by CPUs at both ends, by who copied them.
+    pub copies: Copies,
+    /// CRC32C of all tensors' bytes in the order of their names.
+    pub digest: String,
+}
+
+/// Bytes verified so far, for whoever shows progress.
+#[derive(Clone, Debug, Default)]
+pub struct Progress(Arc<ProgressInner>);
+
+#[derive(Debug, Default)]
+struct ProgressInner {
+    done: AtomicU64,
+    total: AtomicU64,
+}
+
+impl Progress {
+    /// Bytes verified, and bytes in total once that is known.
+    pub fn get(&self) -> (u64, u64) {
+        (
+            self.0.done.load(Ordering::Relaxed),
+            self.0.total.load(Ordering::Relaxed),
+        )
+    }
+
+    fn begin(&self, total: u64) {
+        self.0.total.store(total, Ordering::Relaxed);
+    }
+
+    fn add(&self, bytes: u64) {
+        self.0.done.fetch_add(bytes, Ordering::Relaxed);
+    }
+}
+
+/// Sends a batch into a peer's store.
+pub async fn put(
+    session: &Arc<Session>,
+    prefix: &str,
+    sources: Vec<Source>,
+    metadata: Option<Metadata>,
+    progress: &Progress,
+) -> Result<Moved, TransferError> {
+    let began = Instant::now();
+    let infos: Vec<TensorInfo> = sources.iter().map(|source| source.info.clone()).collect();
+    progress.begin(check_batch(prefix, &infos, metadata.as_ref())?);
+    let count = infos.len() as u64;
+    let request = Request::Put {
+        prefix: prefix.to_owned(),
+        count,
+        metadata,
+    };
+    let mut call = session.call(request).await?;
+    send_list(&call, &infos).await?;
+    let leases = sources.into_iter().map(|source| source.lease).collect();
+    let (tally, early) = send_all(&mut call, leases, progress).await?;
+    let theirs = match early {
+        Some(outcome) => outcome,
+        None => done(&mut call).await?,
+    };
+    call.finish();
+    finish(session, &infos, tally, theirs, began)
+}
+
+/// Fetches what a peer's store holds under `prefix` into memory from `budget`.
+pub async fn get(
+    session: &Arc<Session>,
+    prefix: &str,
+    budget: &Budget,
+    progress: &Progress,
+) -> Result<(Arrived, Moved), TransferError> {
+    let began = Instant::now();
+    let mut call = session
+        .call(Request::Get {
+            prefix: prefix.to_owned(),
+        })
+        .await?;
+    let (count, metadata) = match recv_or_fail(&mut call).await? {
+        Message::Found {
+            count, metadata, ..
+        } => (count, metadata),
+        other => return Err(call.unexpected(&other).into()),
+    };
+    let infos = recv_list(&mut call, count).await?;
+    let bytes = check_batch(prefix, &infos, metadata.as_ref())?;
+    progress.begin(bytes);
+    let allocation = allocate(budget, bytes).await?;
+    let leases = lay_out(&allocation, &infos)?;
+    let (tally, early) = receive_all(&mut call, leases, progress).await?;
+    let theirs = match early {
+        Some(outcome) => outcome,
+        None => done(&mut call).await?,
+    };
+    call.finish();
+    let moved = finish(session, &infos, tally, theirs, began)?;
+    Ok((
+        Arrived {
+            tensors: infos,
+            metadata,
+            allocation,
+        },
+        moved,
+    ))
+}
+
+/// Lists a peer's store.
+pub async fn list(session: &Arc<Session>) -> Result<Vec<Listed>, TransferError> {
+    let mut call = session.call(Request::List).await?;
+    let mut listed = Vec::new();
+    loop {
+        match recv_or_fail(&mut call).await? {
+            Message::Listed { tensors, .. } => listed.extend(tensors),
+            Message::Done { .. } => {
+                call.finish();
+                return Ok(listed);
+            }
+            other => return Err(call.unexpected(&other).into()),
+        }
+    }
+}
+
+/// Removes from a peer's store; returns how many tensors that were.
+pub async fn remove(session: &Arc<Session>, name: &str) -> Result<u64, TransferError> {
+    let mut call = session
+        .call(Request::Remove {
+            name: name.to_owned(),
+        })
+        .await?;
+    let outcome = done(&mut call).await?;
+    call.finish();
+    Ok(outcome.tensors)
+}
+
+/// Waits for the end of a request.
+async fn done(call: &mut Call) -> Result<Outcome, TransferError> {
+    match recv_or_fail(call).await? {
+        Message::Done {
+            result: Ok(outcome),
+            ..
+        } => Ok(outcome),
+        other => Err(call.unexpected(&other).into()),
+    }
+}
+
+/// The next message; the peer's failure is an error.
+async fn recv_or_fail(call: &mut Call) -> Result<Message, TransferError> {
+    match call.recv().await? {
+        Message::Done {
+            result: Err(reason),
+            ..
+        } => {
+            call.finish();
+            Err(TransferError::Peer {
+                peer: call.session().peer.clone(),
+                reason,
+            })
+        }
+        message => Ok(message),
+    }
+}
+
+/// Collects the list of `count` tensors.
+async fn recv_list(call: &mut Call, count: u64) -> Result<Vec<TensorInfo>, TransferError> {
+    if count > TENSORS_MAX {
+        return Err(TensorError::TooMany(count).into());
+    }
+    let mut infos = Vec::new();
+    while (infos.len() as u64) < count {
+        match recv_or_fail(call).await? {
+            Message::Tensors { tensors, .. }
+                if !tensors.is_empty() && infos.len() as u64 + tensors.len() as u64 <= count =>
+            {
+                infos.extend(tensors);
+            }
+            other => return Err(call.unexpected(&other).into()),
+        }
+    }
+    Ok(infos)
+}
+
+async fn allocate(budget: &Budget, bytes: u64) -> Result<Arc<Allocation>, TransferError> {
+    let budget = budget.clone();
+    let allocated = tokio::task::spawn_blocking(move || budget.allocate(bytes)).await;
+    Ok(allocated.map_err(|_| TransferError::Stopping)??)
+}
+
+/// One lease for each tensor, one after the other.
+fn lay_out(allocation: &Allocation, infos: &[TensorInfo]) -> Result<Vec<Lease>, TensorError> {
+    let mut offset = 0;
+    let mut leases = Vec::with_capacity(infos.len());
+    for info in infos {
+        let len = info.len_bytes()?;
+        leases.push(allocation.lease(offset, len));
+        offset += len;
+    }
+    Ok(leases)
+}
+
+fn finish(
+    session: &Session,
+    infos: &[TensorInfo],
+    tally: Tally,
+    theirs: Outcome,
+    began: Instant,
+) -> Result<Moved, TransferError> {
+    let ours = tally.outcome(infos);
+    if (ours.digest, ours.bytes) != (theirs.digest, theirs.bytes) {
+        return Err(TransferError::Digest {
+            peer: session.peer.clone(),
+            theirs: theirs.digest,
+            ours: ours.digest,
+        });
+    }
+    let mut both = ours;
+    both.retransmits += theirs.retransmits;
+    both.copies.add(theirs.copies);
+    let reasons = session.refused.iter().map(ToString::to_string).collect();
+    Ok(Moved::new(both, session.path.name.clone(), reasons, began))
+}
+
+impl Moved {
+    fn new(both: Outcome, path: String, reasons: Vec<String>, began: Instant) -> Self {
+        let seconds = began.elapsed().as_secs_f64();
+        Self {
+            tensors: both.tensors,
+            bytes: both.bytes,
+            seconds,
+            gb_per_s: both.bytes as f64 / 1e9 / seconds.max(1e-9),
+            path,
+            reasons,
+            retransmits: both.retransmits,
+            copies_per_byte: both.copies.per_byte(both.bytes),
+            copies: both.copies,
+            digest: format!("crc32c:{:08x}", both.digest),
+        }
+    }
+}

@@ -1,0 +1,287 @@
+//! Many transfers at once over one session: grants, sends, and their receipts.
+
+use std::collections::VecDeque;
+
+use genie_dataplane::TransferId;
+use genie_dataplane::endpoint::Transfer;
+use genie_dataplane::engine::{FailReason, Full, Receipt};
+use genie_dataplane::memory::Lease;
+use genie_proto::DigestBuilder;
+
+use super::{Progress, TransferError};
+use crate::message::{Message, Outcome};
+use crate::session::{Call, Session, SessionError};
+use crate::tensor::TensorInfo;
+
+/// Transfer ids in one message: some tens of kilobytes.
+const GRANTS: usize = 512;
+
+/// Bytes of descriptions in one message, roughly: it should not hold up heartbeats.
+const LIST_BYTES: usize = 512 << 10;
+
+/// The receipts of a batch, in the order of its tensors.
+#[derive(Debug, Default)]
+pub(super) struct Tally {
+    receipts: Vec<Receipt>,
+}
+
+impl Tally {
+    fn add(&mut self, receipt: Receipt, progress: &Progress) {
+        progress.add(receipt.bytes);
+        self.receipts.push(receipt);
+    }
+
+    /// Sums up; `infos` are the tensors in the same order.
+    pub(super) fn outcome(&self, infos: &[TensorInfo]) -> Outcome {
+        let mut outcome = Outcome {
+            tensors: infos.len() as u64,
+            ..Outcome::default()
+        };
+        for receipt in &self.receipts {
+            outcome.bytes += receipt.bytes;
+            outcome.retransmits += receipt.retransmits;
+            outcome.copies.add(receipt.copies);
+        }
+        let digests: Vec<(u64, u32)> = self
+            .receipts
+            .iter()
+            .map(|receipt| (receipt.bytes, receipt.digest.0))
+            .collect();
+        outcome.digest = batch_digest(infos, &digests);
+        outcome
+    }
+}
+
+/// CRC32C over all tensors in the order of their names, from each one's length and CRC32C.
+pub(super) fn batch_digest(infos: &[TensorInfo], digests: &[(u64, u32)]) -> u32 {
+    let mut order: Vec<usize> = (0..digests.len()).collect();
+    order.sort_by(|a, b| infos[*a].name.cmp(&infos[*b].name));
+    let mut builder = DigestBuilder::new(digests.iter().map(|(len, _)| len).sum());
+    let mut offset = 0;
+    for index in order {
+        let (len, crc) = digests[index];
+        builder.add(offset, len, crc);
+        offset += len;
+    }
+    builder.finish().0
+}
+
+/// Sends the list of a batch in messages of a bearable size.
+pub(super) async fn send_list(call: &Call, infos: &[TensorInfo]) -> Result<(), SessionError> {
+    let mut rest = infos;
+    while !rest.is_empty() {
+        let mut size = 0;
+        let fits = |info: &&TensorInfo| {
+            size += info.name.len() + 10 * info.shape.len() + 32;
+            size <= LIST_BYTES
+        };
+        let count = rest.iter().take_while(fits).count().max(1);
+        let (now, later) = rest.split_at(count);
+        call.send(Message::Tensors {
+            id: call.id(),
+            tensors: now.to_vec(),
+        })
+        .await?;
+        rest = later;
+    }
+    Ok(())
+}
+
+/// Sends all `leases` as the peer grants them.
+///
+/// Returns early news of the request's end too, if the peer sent it meanwhile.
+pub(super) async fn send_all(
+    call: &mut Call,
+    leases: Vec<Lease>,
+    progress: &Progress,
+) -> Result<(Tally, Option<Outcome>), TransferError> {
+    let count = leases.len();
+    let mut waiting = VecDeque::from(leases);
+    let mut granted: VecDeque<TransferId> = VecDeque::new();
+    let mut pending: VecDeque<Transfer> = VecDeque::new();
+    let mut tally = Tally::default();
+    let mut early = None;
+    let path = call.session().path.clone();
+    while tally.receipts.len() < count {
+        tokio::select! {
+            biased;
+            message = call.recv() => match message? {
+                Message::Granted { transfers, .. }
+                    if granted.len() + transfers.len() <= waiting.len() =>
+                {
+                    granted.extend(transfers);
+                }
+                other => early = Some(ended(call, other)?),
+            },
+            begun = async {
+                let lease = waiting.front().expect("there are more tensors than grants").clone();
+                path.endpoint.send(path.session, granted[0], lease).await
+            }, if !granted.is_empty() => {
+                pending.push_back(begun.map_err(|reason| failed(call.session(), reason))?);
+                granted.pop_front();
+                waiting.pop_front();
+            }
+            receipt = front(&mut pending), if !pending.is_empty() => {
+                pending.pop_front();
+                tally.add(receipt.map_err(|reason| failed(call.session(), reason))?, progress);
+            }
+        }
+    }
+    Ok((tally, early))
+}
+
+/// Receives into all `leases`, granting them as the endpoint takes them.
+///
+/// Returns early news of the request's end too, if the peer sent it meanwhile.
+pub(super) async fn receive_all(
+    call: &mut Call,
+    leases: Vec<Lease>,
+    progress: &Progress,
+) -> Result<(Tally, Option<Outcome>), TransferError> {
+    let count = leases.len();
+    let mut waiting = VecDeque::from(leases);
+    let mut pending: VecDeque<Transfer> = VecDeque::new();
+    // More is granted once no more than this many are pending, so that the
+    // grants of a long batch travel in few messages.
+    let mut low_water = usize::MAX;
+    let mut tally = Tally::default();
+    let mut early = None;
+    let path = call.session().path.clone();
+    while tally.receipts.len() < count {
+        if !waiting.is_empty() && pending.len() <= low_water {
+            let before = pending.len();
+            grant(call, &mut waiting, &mut pending).await?;
+            let all_taken = pending.len() - before == GRANTS;
+            low_water = if all_taken {
+                usize::MAX
+            } else {
+                pending.len() / 2
+            };
+            if all_taken {
+                continue;
+            }
+        }
+        tokio::select! {
+            biased;
+            message = call.recv() => early = Some(ended(call, message?)?),
+            receipt = front(&mut pending), if !pending.is_empty() => {
+                pending.pop_front();
+                tally.add(receipt.map_err(|reason| failed(call.session(), reason))?, progress);
+            }
+            // Others use the endpoint up: wait until it takes one of ours.
+            begun = async {
+                let lease = waiting.front().expect("a tensor is still to be received").clone();
+                path.endpoint.receive(path.session, lease).await
+            }, if pending.is_empty() => {
+                let (id, transfer) = begun.map_err(|reason| failed(call.session(), reason))?;
+                waiting.pop_front();
+                pending.push_back(transfer);
+                call.send(Message::Granted { id: call.id(), transfers: vec![id] }).await?;
+            }
+        }
+    }
+    Ok((tally, early))
+}
+
+/// Grants up to [`GRANTS`] tensors, as many as the endpoint takes without waiting.
+async fn grant(
+    call: &Call,
+    waiting: &mut VecDeque<Lease>,
+    pending: &mut VecDeque<Transfer>,
+) -> Result<(), TransferError> {
+    let path = &call.session().path;
+    let mut transfers = Vec::new();
+    while transfers.len() < GRANTS {
+        let Some(lease) = waiting.pop_front() else {
+            break;
+        };
+        match path.endpoint.try_receive(path.session, lease) {
+            Ok(begun) => {
+                let (id, transfer) = begun.map_err(|reason| failed(call.session(), reason))?;
+                transfers.push(id);
+                pending.push_back(transfer);
+            }
+            Err(Full(lease)) => {
+                waiting.push_front(lease);
+                break;
+            }
+        }
+    }
+    if !transfers.is_empty() {
+        call.send(Message::Granted {
+            id: call.id(),
+            transfers,
+        })
+        .await?;
+    }
+    Ok(())
+}
+
+async fn front(pending: &mut VecDeque<Transfer>) -> Result<Receipt, FailReason> {
+    pending
+        .front_mut()
+        .expect("polled only if there is one")
+        .await
+}
+
+/// The end of the request; anything else has no place while tensors move.
+fn ended(call: &mut Call, message: Message) -> Result<Outcome, TransferError> {
+    match message {
+        Message::Done {
+            result: Ok(outcome),
+            ..
+        } => Ok(outcome),
+        Message::Done {
+            result: Err(reason),
+            ..
+        } => {
+            call.finish();
+            Err(TransferError::Peer {
+                peer: call.session().peer.clone(),
+                reason,
+            })
+        }
+        other => Err(call.unexpected(&other).into()),
+    }
+}
+
+/// The session's end explains more than what it did to one transfer.
+fn failed(session: &Session, reason: FailReason) -> TransferError {
+    match session.ended() {
+        Some(ended) => SessionError::Ended(ended).into(),
+        None => TransferError::Failed(reason),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::tensor::Dtype;
+
+    fn info(name: &str) -> TensorInfo {
+        TensorInfo {
+            name: name.into(),
+            dtype: Dtype::U8,
+            shape: vec![0],
+        }
+    }
+
+    /// CRC32C of "123456789", the check value of every CRC catalogue.
+    const CHECK: u32 = 0xe306_9283;
+
+    #[test]
+    fn the_digest_of_a_batch_is_that_of_its_bytes_by_name() {
+        let region = genie_dataplane::memory::Region::with_backing(
+            4096,
+            genie_dataplane::memory::Backing::Shmem,
+        )
+        .unwrap();
+        let lease = Lease::whole(region);
+        let crc = |bytes: &[u8]| lease.place(0, bytes.into());
+        let (c, a, b) = (crc(b"89"), crc(b"1234"), crc(b"567"));
+        let infos = [info("c"), info("a"), info("b"), info("aa")];
+        let digest = batch_digest(&infos, &[(2, c), (4, a), (3, b), (0, 0)]);
+        assert_eq!(digest, CHECK);
+        assert_eq!(batch_digest(&[], &[]), 0);
+    }
+}

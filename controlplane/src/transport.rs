@@ -1,0 +1,326 @@
+//! The transports of this agent: which there are, and why not the others.
+//!
+//! One engine stands behind each transport that could be started. Adding a
+//! transport means one more variant here and one more way to start it; the rest
+//! of the control plane only sees endpoints.
+
+use std::fmt;
+use std::net::SocketAddr;
+use std::str::FromStr;
+use std::sync::Mutex;
+use std::thread::JoinHandle;
+
+use genie_dataplane::SessionId;
+use genie_dataplane::endpoint::{Completions, Endpoint, Lost, Running};
+use genie_dataplane::engine::{Remote, Status, udp};
+use genie_dataplane::tcp::{self, Token};
+use serde::{Deserialize, Serialize};
+use tokio::sync::mpsc;
+
+/// A way to carry bytes between two agents.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Transport {
+    /// Genie's UDP protocol over a DPDK port.
+    Dpdk,
+    /// Kernel TCP.
+    Tcp,
+}
+
+/// What `auto` stands for, best first.
+pub const AUTO: [Transport; 2] = [Transport::Dpdk, Transport::Tcp];
+
+/// An ordered list of transports, best first; never empty, none twice.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Preference(Vec<Transport>);
+
+/// Why a list of transports was not understood.
+#[derive(Clone, Debug, thiserror::Error, PartialEq, Eq)]
+pub enum PreferenceError {
+    /// Not a transport of this build.
+    #[error("'{0}' is not a transport: write auto, or one or more of dpdk,tcp")]
+    Unknown(String),
+    /// The same one twice.
+    #[error("'{0}' is listed twice")]
+    Twice(Transport),
+}
+
+/// What a peer must know to reach one of our engines.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Local {
+    /// A device.
+    Dpdk(udp::Local),
+    /// A data port for TCP connections.
+    Tcp {
+        /// Where it listens; an unspecified address means that of the control connection.
+        data: SocketAddr,
+        /// How many connections to use.
+        streams: u16,
+    },
+}
+
+/// One transport as one node sees it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Offer {
+    /// Which.
+    pub transport: Transport,
+    /// How to reach it, or why it cannot be used.
+    pub local: Result<Local, String>,
+}
+
+/// An engine that runs.
+#[derive(Debug)]
+pub struct Engine {
+    /// Which transport it carries.
+    pub transport: Transport,
+    /// What moves tensors.
+    pub endpoint: Endpoint,
+    /// What it publishes about itself.
+    pub status: Status,
+    /// How a peer reaches it.
+    pub local: Local,
+    thread: Mutex<Option<JoinHandle<()>>>,
+}
+
+/// The parts of an engine that somebody must attend to.
+#[derive(Debug)]
+pub struct Attended {
+    /// Which transport.
+    pub transport: Transport,
+    /// To be dispatched.
+    pub completions: Completions,
+    /// To be told to their sessions.
+    pub lost: mpsc::UnboundedReceiver<Lost>,
+}
+
+/// All transports of this agent.
+#[derive(Debug, Default)]
+pub struct Transports {
+    engines: Vec<Engine>,
+    refused: Vec<(Transport, String)>,
+}
+
+impl Transports {
+    /// Takes in an engine that was started.
+    pub fn add(&mut self, transport: Transport, local: Local, running: Running) -> Attended {
+        let Running {
+            endpoint,
+            completions,
+            lost,
+            status,
+            thread,
+        } = running;
+        let thread = Mutex::new(Some(thread));
+        self.engines.push(Engine {
+            transport,
+            endpoint,
+            status,
+            local,
+            thread,
+        });
+        Attended {
+            transport,
+            completions,
+            lost,
+        }
+    }
+
+    /// Notes why a transport cannot be used.
+    pub fn refuse(&mut self, transport: Transport, reason: String) {
+        self.refused.push((transport, reason));
+    }
+
+    /// The engine of a transport, if it runs.
+    pub fn engine(&self, transport: Transport) -> Option<&Engine> {
+        self.engines
+            .iter()
+            .find(|engine| engine.transport == transport)
+    }
+
+    /// All engines that run.
+    pub fn engines(&self) -> &[Engine] {
+        &self.engines
+    }
+
+    /// What a peer is told.
+    pub fn offers(&self) -> Vec<Offer> {
+        let there = self.engines.iter().map(|engine| Offer {
+            transport: engine.transport,
+            local: Ok(engine.local.clone()),
+        });
+        let refused = self.refused.iter().map(|(transport, reason)| Offer {
+            transport: *transport,
+            local: Err(reason.clone()),
+        });
+        there.chain(refused).collect()
+    }
+
+    /// Stops every engine and waits for its thread. Blocks.
+    pub fn stop(&self) {
+        for engine in &self.engines {
+            engine.endpoint.stop();
+        }
+        for engine in &self.engines {
+            let thread = engine
+                .thread
+                .lock()
+                .unwrap_or_else(|e| e.into_inner())
+                .take();
+            if thread.is_some_and(|thread| thread.join().is_err()) {
+                tracing::error!(transport = %engine.transport, "the engine's thread panicked");
+            }
+        }
+    }
+}
+
+impl Engine {
+    /// How a path over this engine is called: `tcp`, `dpdk:net_vhost` …
+    pub fn path(&self) -> String {
+        match &self.local {
+            Local::Dpdk(local) => format!("dpdk:{}", local.driver),
+            Local::Tcp { .. } => "tcp".to_owned(),
+        }
+    }
+}
+
+impl Local {
+    /// What the engine behind `ours` must know of a peer that is `self` and
+    /// calls the session `session`. `dialled` is where the control connection
+    /// reached the peer, if we dialled it.
+    pub fn remote(
+        &self,
+        ours: &Local,
+        session: SessionId,
+        token: Token,
+        dialled: Option<SocketAddr>,
+    ) -> Remote {
+        match self {
+            Local::Dpdk(local) => Remote::Udp(udp::Remote {
+                local: local.clone(),
+                session,
+            }),
+            Local::Tcp { data, streams } => {
+                let role = match dialled {
+                    None => tcp::Role::Accept,
+                    Some(control) if data.ip().is_unspecified() => {
+                        tcp::Role::Dial(SocketAddr::new(control.ip(), data.port()))
+                    }
+                    Some(_) => tcp::Role::Dial(*data),
+                };
+                // Both ends come to the same number.
+                let streams = match ours {
+                    Local::Tcp { streams: ours, .. } => *streams.min(ours),
+                    Local::Dpdk(_) => *streams,
+                };
+                Remote::Tcp(tcp::Remote {
+                    role,
+                    session,
+                    token,
+                    streams: streams.max(1),
+                })
+            }
+        }
+    }
+}
+
+impl Preference {
+    /// The transports, best first.
+    pub fn as_slice(&self) -> &[Transport] {
+        &self.0
+    }
+
+    /// Whether a transport is allowed.
+    pub fn allows(&self, transport: Transport) -> bool {
+        self.0.contains(&transport)
+    }
+}
+
+impl Default for Preference {
+    fn default() -> Self {
+        Self(AUTO.to_vec())
+    }
+}
+
+impl FromStr for Preference {
+    type Err = PreferenceError;
+
+    fn from_str(text: &str) -> Result<Self, PreferenceError> {
+        let mut list = Vec::new();
+        for word in text.split(',').map(str::trim) {
+            let more = match word {
+                "auto" => AUTO.to_vec(),
+                "dpdk" => vec![Transport::Dpdk],
+                "tcp" => vec![Transport::Tcp],
+                other => return Err(PreferenceError::Unknown(other.to_owned())),
+            };
+            for transport in more {
+                if list.contains(&transport) {
+                    return Err(PreferenceError::Twice(transport));
+                }
+                list.push(transport);
+            }
+        }
+        Ok(Self(list))
+    }
+}
+
+impl fmt::Display for Preference {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (index, transport) in self.0.iter().enumerate() {
+            let comma = if index == 0 { "" } else { "," };
+            write!(f, "{comma}{transport}")?;
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Display for Transport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Transport::Dpdk => "dpdk",
+            Transport::Tcp => "tcp",
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lists_of_transports() {
+        assert_eq!("auto".parse(), Ok(Preference::default()));
+        assert_eq!(
+            "tcp, dpdk".parse(),
+            Ok(Preference(vec![Transport::Tcp, Transport::Dpdk]))
+        );
+        assert_eq!("tcp".parse::<Preference>().unwrap().to_string(), "tcp");
+        let unknown = "rdma".parse::<Preference>();
+        assert_eq!(unknown, Err(PreferenceError::Unknown("rdma".into())));
+        assert_eq!(
+            "auto,tcp".parse::<Preference>(),
+            Err(PreferenceError::Twice(Transport::Tcp))
+        );
+        assert!("".parse::<Preference>().is_err());
+    }
+
+    #[test]
+    fn an_unspecified_data_address_becomes_that_of_the_control_connection() {
+        let tcp = |data: &str, streams| Local::Tcp {
+            data: data.parse().unwrap(),
+            streams,
+        };
+        let (theirs, ours) = (tcp("0.0.0.0:5556", 8), tcp("127.0.0.1:1", 2));
+        let control = "10.1.2.3:5555".parse().unwrap();
+        let remote = theirs.remote(&ours, SessionId(1), Token([0; 16]), Some(control));
+        let Remote::Tcp(remote) = remote else {
+            panic!("not TCP")
+        };
+        assert_eq!(
+            remote.role,
+            tcp::Role::Dial("10.1.2.3:5556".parse().unwrap())
+        );
+        assert_eq!(remote.streams, 2, "the smaller number");
+    }
+}
