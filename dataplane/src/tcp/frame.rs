@@ -413,6 +413,56 @@ mod tests {
         }
     }
 
+    /// The vectors of the documentation's page, each with what it means.
+    fn golden() -> [(&'static str, Vec<u8>); 5] {
+        let transfer = TransferId {
+            slot: 3,
+            generation: 9,
+        };
+        let hello = Hello {
+            session: SessionId(0x0102_0304),
+            token: Token(*b"0123456789abcdef"),
+            stream: 1,
+            streams: 2,
+            verdict: Verdict::Welcome,
+        };
+        let data = Header {
+            payload_len: 6,
+            offset: 1 << 40,
+            crc: crc32c::crc32c(b"tensor"),
+            ..Header::about(Kind::Data, transfer)
+        };
+        let done = Header {
+            offset: 6,
+            crc: crc32c::crc32c(b"tensor"),
+            ..Header::about(Kind::Done, transfer)
+        };
+        let reset = Header {
+            reason: Reason::Unknown,
+            ..Header::about(Kind::ResetByReceiver, transfer)
+        };
+        let ping = Header::plain(Kind::Ping, 0x0a0b_0c0d);
+        [
+            ("hello", hello.encode().to_vec()),
+            ("data", data.encode().to_vec()),
+            ("done", done.encode().to_vec()),
+            ("reset", reset.encode().to_vec()),
+            ("ping", ping.encode().to_vec()),
+        ]
+    }
+
+    #[test]
+    fn the_documentations_vectors_are_what_is_written() {
+        let page = include_str!("../../../docs/protocol-tcp.golden");
+        let lines = page.lines().filter(|line| !line.starts_with('#'));
+        let mut written = Vec::new();
+        for (name, bytes) in golden() {
+            let hex: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
+            written.push(format!("{name} {hex}"));
+        }
+        assert_eq!(lines.collect::<Vec<_>>(), written);
+    }
+
     #[test]
     fn what_may_not_be_is_refused() {
         let transfer = TransferId {
