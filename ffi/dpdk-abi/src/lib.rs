@@ -80,7 +80,7 @@ pub struct PortConfig {
 
 /// What an open port is and can do.
 #[repr(C)]
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug)]
 pub struct PortInfo {
     /// The driver's name, such as `net_vhost`, NUL-terminated.
     pub driver: [u8; 32],
@@ -127,6 +127,11 @@ pub const CAP_SURVIVES_PEER: u64 = 1 << 10;
 /// The death of the peer process may crash this one: benchmarks only.
 pub const CAP_FRAGILE: u64 = 1 << 11;
 
+/// [`Api::tx_reap`] collects everything that was sent. Where it is missing, a
+/// driver collects when it needs room, and attached memory may stay referred to
+/// until more frames were sent or the port is closed.
+pub const CAP_TX_REAP: u64 = 1 << 12;
+
 /// A received frame. The caller owns the packet buffer until it hands the
 /// frame to [`Api::rx_free`], once, on the thread and port it came from.
 #[repr(C)]
@@ -163,7 +168,7 @@ pub struct TxFrame {
 
 /// Counters of an open port, since it was opened.
 #[repr(C)]
-#[derive(Clone, Copy, Default)]
+#[derive(Clone, Copy, Debug, Default)]
 pub struct PortStats {
     /// Frames received, as the port counts them.
     pub rx_frames: u64,

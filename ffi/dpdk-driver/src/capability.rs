@@ -72,6 +72,12 @@ pub(crate) fn traits(driver: &str, devargs: &str) -> Traits {
             survives_peer: true,
             ..VIRTUAL
         },
+        // The PCI device collects sent frames only when its ring is nearly
+        // full, so memory that one refers to would stay in use for ever.
+        "net_virtio" => Traits {
+            external: External::Never,
+            ..NIC
+        },
         // Zero-copy mode translates addresses within DPDK's heap without a
         // check: a payload elsewhere is a segmentation fault. A dying peer
         // unmaps the ring under the driver about one time in three.

@@ -10,16 +10,20 @@ use crate::errno::Errno;
 #[derive(Debug)]
 pub(crate) struct External {
     slots: Box<[sys::genie_attachment]>,
+    /// Handles of the free slots; the next one to give is the last.
+    free: Vec<u32>,
 }
 
 impl External {
     /// A table for `capacity` attachments.
     pub(crate) fn new(capacity: u32) -> Self {
-        let slot = || sys::genie_attachment::default();
+        let slot = sys::genie_attachment::default;
+        let slots = std::iter::repeat_with(slot)
+            .take(capacity as usize)
+            .collect();
         Self {
-            slots: std::iter::repeat_with(slot)
-                .take(capacity as usize)
-                .collect(),
+            slots,
+            free: (0..capacity).rev().collect(),
         }
     }
 
@@ -30,10 +34,10 @@ impl External {
 
     /// Takes a free slot for this memory; `None` where all are taken.
     pub(crate) fn attach(&mut self, base: *const u8, len: u64) -> Option<u32> {
-        let free = self.slots.iter().position(|slot| slot.len == 0)?;
+        let handle = self.free.pop()?;
         // SAFETY: the slot is ours and no packet buffer refers to a free one.
-        unsafe { sys::genie_attachment_init(&mut self.slots[free], base, len) };
-        Some(free as u32)
+        unsafe { sys::genie_attachment_init(&mut self.slots[handle as usize], base, len) };
+        Some(handle)
     }
 
     /// References to an attachment, its owner's included; 0 if there is none.
@@ -53,6 +57,7 @@ impl External {
             0 => Err(Errno::INVAL),
             1 => {
                 self.slots[handle as usize].len = 0;
+                self.free.push(handle);
                 Ok(())
             }
             _ => Err(Errno::BUSY),

@@ -184,6 +184,14 @@ impl Port {
         // SAFETY: a started port.
         let _ = unsafe { sys::rte_eth_allmulticast_enable(port) };
 
+        // Drivers that copy are done with a frame when they have taken it.
+        let reaps = traits.external == ExternalMemory::Any || {
+            // SAFETY: a started port; nothing was sent yet.
+            let status = unsafe { sys::rte_eth_tx_done_cleanup(port, 0, 0) };
+            Errno::check(status) != Err(Errno::NOTSUP)
+        };
+        let caps = if reaps { caps | abi::CAP_TX_REAP } else { caps };
+
         let info = abi::PortInfo {
             driver: fixed(&driver),
             mac: mac(port).map_err(failed("reading its address"))?,
@@ -201,6 +209,7 @@ impl Port {
             pool: tx_pool.as_ptr(),
             attachments,
             attachment_count,
+            max_frame,
             external: caps & abi::CAP_TX_EXTERNAL != 0,
         };
         // SAFETY: the port was started just now and is nobody else's; pool and
@@ -440,9 +449,20 @@ fn configure(
     if caps & abi::CAP_TX_MULTI_SEG != 0 {
         config.txmode.offloads |= bits.tx_multi_segs & info.tx_offload_capa;
     }
+    if wants_link_interrupt(info) {
+        config.intr_conf.set_lsc(1);
+    }
     // SAFETY: an attached port that is not started; `config` is read.
     Errno::check(unsafe { sys::rte_eth_dev_configure(port, 1, 1, &config) })?;
     Ok(())
+}
+
+/// Whether the driver can report a change of its link by itself. virtio_user
+/// takes a peer back only then, or when somebody asks for its link.
+fn wants_link_interrupt(info: &sys::rte_eth_dev_info) -> bool {
+    // SAFETY: null, or flags that live as long as the device.
+    let flags = unsafe { info.dev_flags.as_ref() };
+    flags.is_some_and(|flags| flags & sys::GENIE_DEV_INTR_LSC != 0)
 }
 
 fn mac(port: u16) -> Result<[u8; 6], Errno> {

@@ -62,7 +62,8 @@ static inline bool is_sound(const struct genie_tx_mode *mode, const struct genie
 		if (!mode->external)
 			inside += f->payload_len;
 	}
-	return f->head_len > 0 && inside <= room;
+	return f->head_len > 0 && inside <= room &&
+	       (uint64_t)f->head_len + f->payload_len <= mode->max_frame;
 }
 
 static uint32_t mbufs_of(const struct genie_tx_mode *mode, const struct genie_tx_frame *frames,

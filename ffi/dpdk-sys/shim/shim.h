@@ -54,6 +54,8 @@ struct genie_tx_mode {
 	struct rte_mempool *pool;
 	struct genie_attachment *attachments;
 	uint32_t attachment_count;
+	/* The longest frame in bytes. */
+	uint32_t max_frame;
 	/* False: payloads are copied behind the head. */
 	bool external;
 };
@@ -66,8 +68,8 @@ struct genie_tx_built {
 	uint32_t taken;
 	/* Packet buffers (heads of chains) written to the output. */
 	uint32_t built;
-	/* Frames taken that no packet buffer can hold, or whose payload is not
-	 * in attached memory. */
+	/* Frames taken that are too long, or whose payload is not in attached
+	 * memory. */
 	uint32_t bad;
 };
 
@@ -106,6 +108,7 @@ struct genie_offloads genie_offloads(void);
 enum {
 	GENIE_LCORE_ID_ANY = LCORE_ID_ANY,
 	GENIE_PKTMBUF_HEADROOM = RTE_PKTMBUF_HEADROOM,
+	GENIE_DEV_INTR_LSC = RTE_ETH_DEV_INTR_LSC,
 };
 
 #endif

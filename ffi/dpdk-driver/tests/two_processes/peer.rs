@@ -17,6 +17,8 @@ const HEAD_MIN: usize = 14 + 8 + 4 + 4 + 4;
 const REGION_BYTES: usize = 1 << 20;
 /// How long to wait for frames before giving up.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// How long nothing must come for the sender to be done.
+const QUIET: Duration = Duration::from_millis(1500);
 
 struct Peer {
     api: &'static Api,
@@ -45,7 +47,8 @@ pub(crate) fn run(devargs: &str, no_huge: bool) -> ! {
         let numbers: Vec<usize> = words.map(|word| word.parse().expect("a number")).collect();
         match (command, &numbers[..]) {
             ("send", [count, head, payload]) => peer.send(*count, *head, *payload),
-            ("receive", [count]) => peer.receive(*count),
+            ("receive", [count]) => peer.receive(*count, PATIENCE),
+            ("drain", []) => peer.receive(usize::MAX, QUIET),
             ("poll", [millis]) => peer.poll(Duration::from_millis(*millis as u64)),
             ("stray", []) => peer.stray(),
             ("stats", []) => peer.stats(),
@@ -209,9 +212,10 @@ impl Peer {
             stray(self.region.as_ptr(), 2, u32::MAX),
             stray(std::ptr::null(), 1, 0),
             stray(self.region.as_ptr(), 70_000, 0),
+            stray(self.region.as_ptr(), 9000 + 14 - 64 + 1, 0),
         ];
         // SAFETY: the head lives through the call; nothing else is touched.
-        let taken = unsafe { (self.api.tx_burst)(self.port, frames.as_ptr(), 6) };
+        let taken = unsafe { (self.api.tx_burst)(self.port, frames.as_ptr(), frames.len() as u32) };
         answer(&format!(
             "strays {taken} errors {}",
             self.raw_stats().tx_errors
@@ -242,9 +246,10 @@ impl Peer {
         (frames.len(), bad, bytes)
     }
 
-    fn receive(&mut self, wanted: usize) {
+    /// Receives `wanted` frames, or until no more came for `quiet`.
+    fn receive(&mut self, wanted: usize, quiet: Duration) {
         let (mut count, mut bad, mut bytes, mut last) = (0, 0, 0, Instant::now());
-        while count < wanted && last.elapsed() < PATIENCE {
+        while count < wanted && last.elapsed() < if count == 0 { PATIENCE } else { quiet } {
             let burst = self.burst();
             if burst.0 > 0 {
                 last = Instant::now();
@@ -284,7 +289,7 @@ impl Peer {
         // SAFETY: an open port.
         let refs = unsafe { (self.api.ext_refs)(self.port, self.attachment) };
         answer(&format!(
-            "rx {} {} missed {} tx {} {} copied {} free {} of {} refs {refs}",
+            "rx {} {} missed {} tx {} {} copied {} free {} used {} refs {refs}",
             stats.rx_frames,
             stats.rx_bytes,
             stats.rx_missed,
@@ -292,7 +297,7 @@ impl Peer {
             stats.tx_bytes,
             stats.tx_copied_bytes,
             stats.mbufs_free,
-            self.info.mbufs,
+            u64::from(self.info.mbufs) - stats.mbufs_free,
         ));
     }
 
