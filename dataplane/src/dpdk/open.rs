@@ -1,0 +1,170 @@
+//! From a device specification to an open port.
+
+use std::ffi::CString;
+use std::path::PathBuf;
+use std::ptr::NonNull;
+use std::time::Duration;
+
+use genie_dpdk_abi as abi;
+
+use super::library::{Library, LoadError};
+use super::pair::{Claim, PairError};
+use super::spec::DeviceSpec;
+use crate::device::attachments::ATTACHMENTS_MAX;
+
+/// How to bring DPDK up and open a port.
+///
+/// The first port of a process brings DPDK up; for later ones `memory_mib`,
+/// `no_huge` and `pci` are as the first had them.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Memory for DPDK's heap in MiB, from huge pages: rings, packet buffers.
+    pub memory_mib: u32,
+    /// Uses ordinary pages instead of huge ones. Virtual devices only, and slower.
+    pub no_huge: bool,
+    /// PCI addresses of all NICs this process will open, besides the first one.
+    pub pci: Vec<String>,
+    /// Largest IP packet in bytes.
+    pub mtu: u16,
+    /// Receive descriptors wanted.
+    pub rx_descriptors: u16,
+    /// Transmit descriptors wanted.
+    pub tx_descriptors: u16,
+    /// How long the second end of a pair waits for the first one.
+    pub peer_limit: Duration,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            // Two pools of 9 KiB buffers come to 60 MiB, virtio's own to a few.
+            memory_mib: 128,
+            no_huge: false,
+            pci: Vec::new(),
+            mtu: 9000,
+            rx_descriptors: 1024,
+            tx_descriptors: 1024,
+            // vhost tries to connect once a second.
+            peer_limit: Duration::from_secs(5),
+        }
+    }
+}
+
+/// Why a port could not be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// There is no driver library.
+    #[error(transparent)]
+    Load(#[from] LoadError),
+    /// This process cannot be an end of the pair.
+    #[error(transparent)]
+    Pair(#[from] PairError),
+    /// An argument holds a NUL byte.
+    #[error("an argument holds a NUL byte")]
+    Nul(#[from] std::ffi::NulError),
+    /// DPDK does not come up.
+    #[error("{0}")]
+    Eal(String),
+    /// The device cannot be opened.
+    #[error("cannot open {spec}: {reason}")]
+    Port {
+        /// The device.
+        spec: String,
+        /// The library's words.
+        reason: String,
+    },
+    /// The first end of the pair was claimed, but did not answer.
+    #[error("nobody answers on {}: the process that holds its lock is stuck or not ready", .0.display())]
+    PeerAbsent(PathBuf),
+}
+
+/// What [`super::Port::open`] does but for making the port.
+pub(super) fn open(
+    spec: &DeviceSpec,
+    options: &Options,
+) -> Result<(Library, NonNull<abi::Port>, Option<Claim>), OpenError> {
+    let library = super::load()?;
+    bring_up(library, spec, options)?;
+    register_thread(library)?;
+    let (claim, devargs) = match spec {
+        DeviceSpec::Pci(text) | DeviceSpec::Vdev(text) => (None, text.clone()),
+        DeviceSpec::Pair(socket) => {
+            let claim = Claim::take(socket)?;
+            let devargs = claim.devargs(options.rx_descriptors.max(options.tx_descriptors));
+            (Some(claim), devargs)
+        }
+    };
+    let limit = claim
+        .as_ref()
+        .and_then(|claim| claim.limit_wait(options.peer_limit));
+    let opened = open_port(library, &devargs, options);
+    let cut_short = limit.is_some_and(|limit| limit.finish());
+    match (opened, spec) {
+        (Ok(raw), _) => Ok((library, raw, claim)),
+        (Err(_), DeviceSpec::Pair(socket)) if cut_short => {
+            Err(OpenError::PeerAbsent(socket.clone()))
+        }
+        (Err(reason), _) => Err(OpenError::Port {
+            spec: spec.to_string(),
+            reason,
+        }),
+    }
+}
+
+fn bring_up(library: Library, spec: &DeviceSpec, options: &Options) -> Result<(), OpenError> {
+    let file_prefix = CString::new(format!("genie-{}", std::process::id()))?;
+    let pci: Vec<&str> = spec
+        .pci_address()
+        .into_iter()
+        .chain(options.pci.iter().map(String::as_str))
+        .collect();
+    let pci_allow = CString::new(pci.join(","))?;
+    let config = abi::EalConfig {
+        file_prefix: file_prefix.as_ptr(),
+        pci_allow: pci_allow.as_ptr(),
+        memory_mib: options.memory_mib,
+        no_huge: options.no_huge.into(),
+    };
+    let mut text = abi::Text::EMPTY;
+    // SAFETY: configuration and text live through the call.
+    match unsafe { (library.api().eal_init)(&config, &mut text) } {
+        abi::STATUS_OK => Ok(()),
+        _ => Err(OpenError::Eal(text.as_str().into())),
+    }
+}
+
+fn register_thread(library: Library) -> Result<(), OpenError> {
+    let mut text = abi::Text::EMPTY;
+    // SAFETY: the text lives through the call.
+    match unsafe { (library.api().thread_register)(&mut text) } {
+        abi::STATUS_OK => Ok(()),
+        _ => Err(OpenError::Eal(format!(
+            "no lcore id for this thread: {}",
+            text.as_str()
+        ))),
+    }
+}
+
+fn open_port(
+    library: Library,
+    devargs: &str,
+    options: &Options,
+) -> Result<NonNull<abi::Port>, String> {
+    let devargs = CString::new(devargs).map_err(|error| error.to_string())?;
+    let config = abi::PortConfig {
+        devargs: devargs.as_ptr(),
+        rx_descriptors: options.rx_descriptors,
+        tx_descriptors: options.tx_descriptors,
+        mtu: options.mtu,
+        reserved: 0,
+        spare_mbufs: 1024,
+        attachments: ATTACHMENTS_MAX as u32,
+    };
+    let (mut port, mut text) = (std::ptr::null_mut(), abi::Text::EMPTY);
+    // SAFETY: all three live through the call.
+    let status = unsafe { (library.api().port_open)(&config, &mut port, &mut text) };
+    match NonNull::new(port) {
+        Some(port) if status == abi::STATUS_OK => Ok(port),
+        _ => Err(text.as_str().into()),
+    }
+}

@@ -1,0 +1,262 @@
+//! `pair:SOCKET`: the local stand-in for a NIC between two processes.
+//!
+//! Both processes are given the same path. Each end has a lock file beside the
+//! socket, and a process becomes the first end whose lock it gets:
+//!
+//! | end | lock | device | opening it |
+//! |---|---|---|---|
+//! | first | `SOCKET.vhost` | vhost, `client=1` | returns at once; the link is down until the other end is there |
+//! | second | `SOCKET.virtio` | virtio_user, `server=1` | waits inside the driver until vhost has connected, at most 1 s as that tries once a second |
+//!
+//! These are the roles in which either process may die and come back (the
+//! kernel drops its locks, so it becomes the same end again): vhost as client
+//! reconnects, and virtio_user as server takes it back. With vhost as server a
+//! surviving virtio_user never carries traffic again. The other order (the
+//! first process virtio_user) would keep it from starting until the second is
+//! there.
+//!
+//! Found by experiment with DPDK 22.11.11:
+//! - virtio_user says it takes an MTU of at most 9698; 9000 is used. It cannot
+//!   refer to memory outside DPDK's heap, so it copies payloads into packets.
+//!   vhost refers to any memory, and does the copying between the processes.
+//! - 1024 descriptors each way: vhost has no ring of its own and works with
+//!   virtio_user's, which must be a power of two (`queue_size`).
+//! - A full ring refuses frames, and loses none.
+//! - Either end's link goes down at once when the peer is killed, and up again
+//!   up to 1 s after it came back. Frames in the rings at that moment are sent
+//!   again or lost, as on a wire.
+//! - A killed virtio_user leaves its socket, which no server can bind again;
+//!   the holder of the second lock removes it first.
+
+#![forbid(unsafe_code)]
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::{self, RecvTimeoutError, Sender};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use rustix::fs::FlockOperation;
+
+/// Which end of a pair this process is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
+    /// The first process: vhost.
+    Vhost,
+    /// The second process: virtio_user.
+    VirtioUser,
+}
+
+/// Why a process cannot be an end of a pair.
+#[derive(Debug, thiserror::Error)]
+pub enum PairError {
+    /// Two other processes are the ends.
+    #[error("pair:{} joins two other processes already", .0.display())]
+    Taken(PathBuf),
+    /// A lock file cannot be made.
+    #[error("cannot make {}", path.display())]
+    Lock {
+        /// The lock file.
+        path: PathBuf,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+    /// What a killed process left cannot be removed.
+    #[error("cannot remove {}, which a process that is gone left behind", path.display())]
+    Stale {
+        /// The socket.
+        path: PathBuf,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+}
+
+/// A claim on one end of a pair; given up on drop, or by the kernel.
+#[derive(Debug)]
+pub struct Claim {
+    end: End,
+    socket: PathBuf,
+    _lock: File,
+}
+
+impl Claim {
+    /// Claims the first end that is free.
+    pub fn take(socket: &Path) -> Result<Self, PairError> {
+        for end in [End::Vhost, End::VirtioUser] {
+            let Some(lock) = try_lock(&end.lock_path(socket))? else {
+                continue;
+            };
+            let claim = Self {
+                end,
+                socket: socket.into(),
+                _lock: lock,
+            };
+            if end == End::VirtioUser {
+                claim.remove_socket()?;
+            }
+            return Ok(claim);
+        }
+        Err(PairError::Taken(socket.into()))
+    }
+
+    /// Which end it is.
+    pub fn end(&self) -> End {
+        self.end
+    }
+
+    /// The device for DPDK, with rings of `descriptors` frames.
+    pub fn devargs(&self, descriptors: u16) -> String {
+        let socket = self.socket.display();
+        match self.end {
+            End::Vhost => format!("net_vhost0,iface={socket},client=1,queues=1"),
+            End::VirtioUser => {
+                let size = descriptors.next_power_of_two();
+                format!("net_virtio_user0,path={socket},server=1,queues=1,queue_size={size}")
+            }
+        }
+    }
+
+    /// Lets the driver wait for the other end no longer than `limit`: after
+    /// that it is connected to by somebody who hangs up, and so fails.
+    pub(super) fn limit_wait(&self, limit: Duration) -> Option<WaitLimit> {
+        (self.end == End::VirtioUser).then(|| WaitLimit::start(self.socket.clone(), limit))
+    }
+
+    /// Only called while the second lock is held: no server is alive.
+    fn remove_socket(&self) -> Result<(), PairError> {
+        match std::fs::remove_file(&self.socket) {
+            Err(source) if source.kind() != io::ErrorKind::NotFound => Err(PairError::Stale {
+                path: self.socket.clone(),
+                source,
+            }),
+            _ => Ok(()),
+        }
+    }
+}
+
+impl Drop for Claim {
+    fn drop(&mut self) {
+        if self.end == End::VirtioUser {
+            // The next holder of the lock removes what this cannot.
+            let _ = self.remove_socket();
+        }
+    }
+}
+
+impl End {
+    fn lock_path(self, socket: &Path) -> PathBuf {
+        let suffix = match self {
+            End::Vhost => ".vhost",
+            End::VirtioUser => ".virtio",
+        };
+        let mut path = socket.as_os_str().to_owned();
+        path.push(suffix);
+        path.into()
+    }
+}
+
+/// Opens and locks a file; `None` if another process holds the lock.
+fn try_lock(path: &Path) -> Result<Option<File>, PairError> {
+    let failed = |source| PairError::Lock {
+        path: path.into(),
+        source,
+    };
+    let file = OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .custom_flags(libc::O_NOFOLLOW)
+        .open(path)
+        .map_err(failed)?;
+    match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => Ok(Some(file)),
+        Err(rustix::io::Errno::WOULDBLOCK) => Ok(None),
+        Err(errno) => Err(failed(errno.into())),
+    }
+}
+
+/// Ends a wait inside the virtio_user driver, which has no limit of its own.
+#[derive(Debug)]
+pub(super) struct WaitLimit {
+    done: Sender<()>,
+    thread: JoinHandle<bool>,
+}
+
+impl WaitLimit {
+    fn start(socket: PathBuf, limit: Duration) -> Self {
+        let (done, opened) = mpsc::channel();
+        let thread = std::thread::spawn(move || {
+            if opened.recv_timeout(limit) != Err(RecvTimeoutError::Timeout) {
+                return false;
+            }
+            // Again and again: the driver may not have made its socket yet.
+            while opened.recv_timeout(Duration::from_millis(100)) == Err(RecvTimeoutError::Timeout)
+            {
+                let _ = UnixStream::connect(&socket);
+            }
+            true
+        });
+        Self { done, thread }
+    }
+
+    /// Ends the watch; whether the wait had to be cut short.
+    pub(super) fn finish(self) -> bool {
+        let Self { done, thread } = self;
+        drop(done);
+        thread.join().unwrap_or(false)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_first_is_vhost_the_second_virtio_user_and_a_third_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let socket = folder.path().join("pair");
+        let first = Claim::take(&socket).unwrap();
+        let second = Claim::take(&socket).unwrap();
+        assert_eq!((first.end(), second.end()), (End::Vhost, End::VirtioUser));
+        assert!(matches!(Claim::take(&socket), Err(PairError::Taken(_))));
+        // Whichever goes comes back as what it was.
+        drop(first);
+        assert_eq!(Claim::take(&socket).unwrap().end(), End::Vhost);
+        let _first = Claim::take(&socket).unwrap();
+        drop(second);
+        assert_eq!(Claim::take(&socket).unwrap().end(), End::VirtioUser);
+    }
+
+    #[test]
+    fn the_second_removes_a_socket_that_was_left_behind() {
+        let folder = tempfile::tempdir().unwrap();
+        let socket = folder.path().join("pair");
+        std::fs::write(&socket, b"").unwrap();
+        let _first = Claim::take(&socket).unwrap();
+        assert!(socket.exists(), "it may be a living server's");
+        let _second = Claim::take(&socket).unwrap();
+        assert!(!socket.exists());
+    }
+
+    #[test]
+    fn a_lock_that_cannot_be_made_is_an_error() {
+        let refused = Claim::take(Path::new("/nonexistent/pair"));
+        assert!(matches!(refused, Err(PairError::Lock { .. })));
+    }
+
+    #[test]
+    fn a_wait_is_cut_short_only_after_its_limit() {
+        let folder = tempfile::tempdir().unwrap();
+        let socket = folder.path().join("pair");
+        let listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+        let limit = WaitLimit::start(socket.clone(), Duration::from_secs(60));
+        assert!(!limit.finish());
+        let limit = WaitLimit::start(socket, Duration::from_millis(1));
+        // Returns only because the limit connects.
+        listener.accept().unwrap();
+        assert!(limit.finish());
+    }
+}

@@ -1,0 +1,374 @@
+//! A port of the driver library as a [`Device`].
+
+use std::mem::MaybeUninit;
+use std::ptr::NonNull;
+use std::sync::Arc;
+
+use arrayvec::ArrayVec;
+use genie_dpdk_abi as abi;
+
+use super::library::Library;
+use super::open::{OpenError, Options};
+use super::pair::Claim;
+use super::spec::DeviceSpec;
+use crate::device::attachments::Attachments;
+use crate::device::{AttachError, Attachment, BURST_MAX, Capabilities, Counters, Device, TxFrame};
+use crate::ledger::Copies;
+use crate::memory::{Lease, Region, View};
+
+/// An attachment handle that the library never gives: for a lease of no bytes,
+/// and for a frame whose payload is not attached.
+const NO_HANDLE: u32 = u32::MAX;
+
+/// An open port with one queue pair.
+///
+/// May only be used from the thread that opened it, which DPDK then knows.
+#[derive(Debug)]
+pub struct Port {
+    library: Library,
+    raw: NonNull<abi::Port>,
+    info: abi::PortInfo,
+    capabilities: Capabilities,
+    /// Beside each lease: the library's handle.
+    attachments: Attachments<u32>,
+    registrations: Vec<Registration>,
+    /// Room for a burst, so that an idle poll need not clear any.
+    received: Box<[MaybeUninit<abi::RxFrame>; BURST_MAX]>,
+    unusable_frames: u64,
+    _claim: Option<Claim>,
+}
+
+/// A region mapped for the device's DMA while leases of it are attached.
+#[derive(Debug)]
+struct Registration {
+    region: Arc<Region>,
+    leases: usize,
+}
+
+impl Port {
+    /// Loads the library, brings DPDK up if this is the first port, and opens
+    /// the device. To be called on the thread that will use the port.
+    pub fn open(spec: &DeviceSpec, options: &Options) -> Result<Self, OpenError> {
+        let (library, raw, claim) = super::open::open(spec, options)?;
+        Ok(Self::new(library, raw, claim))
+    }
+
+    fn new(library: Library, raw: NonNull<abi::Port>, claim: Option<Claim>) -> Self {
+        let api = library.api();
+        let mut info = MaybeUninit::<abi::PortInfo>::uninit();
+        // SAFETY: an open port; `info` is written.
+        unsafe { (api.port_info)(raw.as_ptr(), info.as_mut_ptr()) };
+        // SAFETY: written by the call above, which cannot fail on an open port.
+        let info = unsafe { info.assume_init() };
+        let capabilities = Capabilities {
+            driver: info.driver_name().into(),
+            mac: info.mac,
+            mtu: info.mtu,
+            tx_external: info.has(abi::CAP_TX_EXTERNAL),
+            // The port may be able to, but a `TxFrame` cannot ask for it.
+            tx_udp_checksum: false,
+            // Nor is there a way to wait for one.
+            rx_interrupt: false,
+            driver_copies_tx: info.has(abi::CAP_DRIVER_COPIES_TX),
+            driver_copies_rx: info.has(abi::CAP_DRIVER_COPIES_RX),
+            rx_descriptors: info.rx_descriptors,
+            tx_descriptors: info.tx_descriptors,
+        };
+        Self {
+            library,
+            raw,
+            info,
+            capabilities,
+            attachments: Attachments::new(),
+            registrations: Vec::new(),
+            received: Box::new([const { MaybeUninit::uninit() }; BURST_MAX]),
+            unusable_frames: 0,
+            _claim: claim,
+        }
+    }
+
+    /// What the library says of the port, beyond [`Device::capabilities`].
+    pub fn info(&self) -> &abi::PortInfo {
+        &self.info
+    }
+
+    /// The port's own counters and the library's.
+    pub fn stats(&self) -> abi::PortStats {
+        let mut stats = abi::PortStats::default();
+        // SAFETY: an open port; `stats` is written.
+        unsafe { (self.library.api().port_stats)(self.raw.as_ptr(), &mut stats) };
+        stats
+    }
+
+    /// Stops the queues for good and frees the frames in them, so that memory
+    /// can be detached after a device has died.
+    pub fn stop(&mut self) {
+        // SAFETY: an open port, not in a burst function.
+        unsafe { (self.library.api().port_stop)(self.raw.as_ptr()) };
+    }
+
+    /// Packet buffers that refer to attached memory.
+    pub fn in_flight(&mut self, attachment: Attachment) -> u32 {
+        let Some(handle) = self.attachments.beside_mut(attachment) else {
+            return 0;
+        };
+        // SAFETY: an open port; any handle may be asked about.
+        let references = unsafe { (self.library.api().ext_refs)(self.raw.as_ptr(), *handle) };
+        // One is the attachment's own.
+        references.saturating_sub(1)
+    }
+
+    fn describe(&self, frame: &TxFrame) -> abi::TxFrame {
+        let mut described = abi::TxFrame {
+            head: frame.head.as_ptr(),
+            payload: std::ptr::null(),
+            head_len: frame.head.len() as u32,
+            payload_len: 0,
+            attachment: NO_HANDLE,
+            reserved: 0,
+        };
+        if let Some(payload) = frame.payload {
+            // What is not attached stays NO_HANDLE: the library takes such a
+            // frame, drops it and counts it.
+            described.payload_len = payload.len;
+            if let Some((bytes, handle)) = self.attachments.resolve(payload) {
+                described.payload = bytes.as_ptr();
+                described.attachment = *handle;
+            }
+        }
+        described
+    }
+
+    /// Maps the lease's region for DMA where the device needs that.
+    fn register(&mut self, lease: &Lease) -> Result<(), AttachError> {
+        if !self.info.has(abi::CAP_NEEDS_REGISTRATION) {
+            return Ok(());
+        }
+        let region = lease.region();
+        if let Some(known) = self
+            .registrations
+            .iter_mut()
+            .find(|r| Arc::ptr_eq(&r.region, region))
+        {
+            known.leases += 1;
+            return Ok(());
+        }
+        let (base, len) = (region.as_ptr(), region.len() as u64);
+        let page_bytes = region.backing().page_bytes() as u64;
+        let mut text = abi::Text::EMPTY;
+        // SAFETY: the region is mapped until `registrations` drops it, whole
+        // pages by its own invariant; the port is open.
+        let status = unsafe {
+            (self.library.api().mem_register)(self.raw.as_ptr(), base, len, page_bytes, &mut text)
+        };
+        if status != abi::STATUS_OK {
+            return Err(AttachError::Unreachable(text.as_str().into()));
+        }
+        self.registrations.push(Registration {
+            region: Arc::clone(region),
+            leases: 1,
+        });
+        Ok(())
+    }
+
+    fn unregister(&mut self, lease: &Lease) {
+        let is_of = |r: &Registration| Arc::ptr_eq(&r.region, lease.region());
+        let Some(index) = self.registrations.iter().position(is_of) else {
+            return;
+        };
+        self.registrations[index].leases -= 1;
+        if self.registrations[index].leases == 0 {
+            let region = self.registrations.swap_remove(index).region;
+            self.unmap(region);
+        }
+    }
+
+    fn unmap(&self, region: Arc<Region>) {
+        let mut text = abi::Text::EMPTY;
+        let (base, len) = (region.as_ptr(), region.len() as u64);
+        // SAFETY: registered with these values; no frame refers to it.
+        let status =
+            unsafe { (self.library.api().mem_unregister)(self.raw.as_ptr(), base, len, &mut text) };
+        if status != abi::STATUS_OK {
+            // The device may still reach it.
+            tracing::error!(
+                reason = text.as_str(),
+                "memory stays mapped for DMA and is kept"
+            );
+            std::mem::forget(region);
+        }
+    }
+}
+
+impl Device for Port {
+    fn capabilities(&self) -> &Capabilities {
+        &self.capabilities
+    }
+
+    fn rx_burst(&mut self, on_frame: &mut dyn FnMut(View<'_>)) -> usize {
+        let first = self.received.as_mut_ptr().cast::<abi::RxFrame>();
+        // SAFETY: an open port on its thread; room for a burst.
+        let count =
+            unsafe { (self.library.api().rx_burst)(self.raw.as_ptr(), first, BURST_MAX as u32) };
+        if count == 0 {
+            return 0;
+        }
+        let burst = Burst {
+            library: self.library,
+            raw: self.raw,
+            first,
+            count,
+        };
+        for frame in burst.frames() {
+            if frame.data_len != frame.frame_len {
+                self.unusable_frames += 1;
+                continue;
+            }
+            // SAFETY: the packet buffer is ours until `burst` is dropped, and
+            // the view cannot outlive this call.
+            on_frame(unsafe { View::from_raw(frame.data, frame.data_len as usize) });
+        }
+        count as usize
+    }
+
+    fn tx_burst(&mut self, frames: &[TxFrame]) -> usize {
+        let mut taken = 0;
+        for frames in frames.chunks(BURST_MAX) {
+            let described: ArrayVec<abi::TxFrame, BURST_MAX> =
+                frames.iter().map(|frame| self.describe(frame)).collect();
+            let count = described.len() as u32;
+            // SAFETY: an open port on its thread; heads live through the call,
+            // attached memory is leased until it is detached.
+            let some = unsafe {
+                (self.library.api().tx_burst)(self.raw.as_ptr(), described.as_ptr(), count)
+            };
+            taken += some as usize;
+            if some < count {
+                break;
+            }
+        }
+        taken
+    }
+
+    fn attach(&mut self, lease: Lease) -> Result<Attachment, AttachError> {
+        if lease.is_empty() {
+            return self.attachments.insert(lease, NO_HANDLE);
+        }
+        self.register(&lease)?;
+        let mut text = abi::Text::EMPTY;
+        let (base, len) = (lease.as_ptr(), lease.len() as u64);
+        // SAFETY: an open port; the lease is kept until the handle is given back.
+        let status =
+            unsafe { (self.library.api().ext_attach)(self.raw.as_ptr(), base, len, &mut text) };
+        let Ok(handle) = u32::try_from(status) else {
+            self.unregister(&lease);
+            return Err(AttachError::Full);
+        };
+        self.attachments
+            .insert(lease.clone(), handle)
+            .inspect_err(|_| {
+                // SAFETY: given above; no frame refers to it.
+                unsafe { (self.library.api().ext_detach)(self.raw.as_ptr(), handle) };
+                self.unregister(&lease);
+            })
+    }
+
+    fn detach(&mut self, attachment: Attachment) -> bool {
+        let Some(handle) = self.attachments.beside_mut(attachment).copied() else {
+            return true;
+        };
+        if handle != NO_HANDLE {
+            // SAFETY: an open port; the handle is one that it gave.
+            let status = unsafe { (self.library.api().ext_detach)(self.raw.as_ptr(), handle) };
+            if status != abi::STATUS_OK {
+                return false;
+            }
+        }
+        if let Some((lease, _)) = self.attachments.remove(attachment) {
+            self.unregister(&lease);
+        }
+        true
+    }
+
+    fn reap(&mut self) {
+        // SAFETY: an open port on its thread.
+        unsafe { (self.library.api().tx_reap)(self.raw.as_ptr()) };
+    }
+
+    fn counters(&self) -> Counters {
+        let stats = self.stats();
+        Counters {
+            rx_frames: stats.rx_frames,
+            rx_bytes: stats.rx_bytes,
+            rx_missed: stats.rx_missed + stats.rx_errors + self.unusable_frames,
+            tx_frames: stats.tx_frames,
+            tx_bytes: stats.tx_bytes,
+            tx_errors: stats.tx_errors,
+        }
+    }
+
+    fn copies(&self) -> Copies {
+        let stats = self.stats();
+        let sent = if self.capabilities.driver_copies_tx {
+            stats.tx_bytes
+        } else {
+            0
+        };
+        let received = if self.capabilities.driver_copies_rx {
+            stats.rx_bytes
+        } else {
+            0
+        };
+        Copies {
+            genie: stats.tx_copied_bytes,
+            driver: sent + received,
+            ..Copies::default()
+        }
+    }
+
+    fn link_up(&self) -> bool {
+        // SAFETY: an open port.
+        unsafe { (self.library.api().port_link)(self.raw.as_ptr()) == 1 }
+    }
+}
+
+impl Drop for Port {
+    fn drop(&mut self) {
+        self.stop();
+        for registration in std::mem::take(&mut self.registrations) {
+            self.unmap(registration.region);
+        }
+        // SAFETY: the handle is not used again.
+        let missing = unsafe { (self.library.api().port_close)(self.raw.as_ptr()) };
+        if missing != 0 {
+            tracing::error!(
+                missing,
+                "packet buffers did not come back; their memory is kept"
+            );
+            // One of them may refer to it.
+            std::mem::forget(std::mem::take(&mut self.attachments));
+        }
+    }
+}
+
+/// Received frames, given back on drop, also when `on_frame` panics.
+struct Burst {
+    library: Library,
+    raw: NonNull<abi::Port>,
+    first: *const abi::RxFrame,
+    count: u32,
+}
+
+impl Burst {
+    fn frames(&self) -> &[abi::RxFrame] {
+        // SAFETY: `rx_burst` wrote that many at `first`, in a box of the port's.
+        unsafe { std::slice::from_raw_parts(self.first, self.count as usize) }
+    }
+}
+
+impl Drop for Burst {
+    fn drop(&mut self) {
+        // SAFETY: received from this port on this thread and not freed before.
+        unsafe { (self.library.api().rx_free)(self.raw.as_ptr(), self.first, self.count) };
+    }
+}
