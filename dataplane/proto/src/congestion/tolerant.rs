@@ -9,11 +9,16 @@ const MINIMUM_PACKETS: u64 = 2;
 /// Loss up to one part in fifty is the link's, not congestion's: bit errors and
 /// a full receive ring lose single packets, a full queue loses a part of the window.
 const TOLERATED: u64 = 50;
+/// Packets that the loss rate is taken over: at one part in fifty some twenty
+/// are lost among them, so that chance alone seldom looks like congestion.
+const MEMORY_PACKETS: u64 = 1024;
+/// Losses that are always tolerated: a rate over fewer says nothing.
+const ALLOWED_PACKETS: u64 = 2;
 /// On congestion the window shrinks to 7/10, as Cubic's (RFC 9438 section 4.6).
 const BETA: (u64, u64) = (7, 10);
 
-/// NewReno (RFC 9002 section 7) with two changes: losses below 2 % of a round
-/// trip's packets do not shrink the window, and when it shrinks, it is to 7/10.
+/// NewReno (RFC 9002 section 7) with two changes: losses below 2 % of the packets
+/// since it shrank last do not shrink the window, and when it shrinks, it is to 7/10.
 #[derive(Clone, Debug)]
 pub struct Tolerant {
     packet: u64,
@@ -23,8 +28,7 @@ pub struct Tolerant {
     recovery_start: Option<Time>,
     /// Growth in congestion avoidance not yet worth a packet.
     credit: u64,
-    /// The round trip being counted: ends when a packet sent after `round_start` is judged.
-    round_start: Time,
+    /// Bytes judged since the window shrank, the older ones halved away.
     acked: u64,
     lost: u64,
 }
@@ -38,17 +42,17 @@ impl Tolerant {
             threshold: u64::MAX,
             recovery_start: None,
             credit: 0,
-            round_start: Time::default(),
             acked: 0,
             lost: 0,
         }
     }
 
-    fn begin_round(&mut self, now: Time, sent_at: Time) {
-        if sent_at > self.round_start {
-            self.round_start = now;
-            self.acked = 0;
-            self.lost = 0;
+    fn judge(&mut self, acked: u64, lost: u64) {
+        self.acked += acked;
+        self.lost += lost;
+        if self.acked + self.lost > MEMORY_PACKETS * self.packet {
+            self.acked /= 2;
+            self.lost /= 2;
         }
     }
 
@@ -62,10 +66,12 @@ impl Controller for Tolerant {
         self.window
     }
 
-    fn handle_ack(&mut self, now: Time, sent_at: Time, bytes: u64, limited: bool) {
-        self.begin_round(now, sent_at);
-        self.acked += bytes;
-        if self.in_recovery(sent_at) || !limited {
+    fn handle_ack(&mut self, _now: Time, sent_at: Time, bytes: u64, limited: bool) {
+        if self.in_recovery(sent_at) {
+            return;
+        }
+        self.judge(bytes, 0);
+        if !limited {
             return;
         }
         if self.window < self.threshold {
@@ -80,16 +86,20 @@ impl Controller for Tolerant {
     }
 
     fn handle_loss(&mut self, now: Time, sent_at: Time, bytes: u64) {
-        self.begin_round(now, sent_at);
-        self.lost += bytes;
-        let tolerable = self.lost * TOLERATED <= (self.acked + self.lost).max(self.window);
-        if self.in_recovery(sent_at) || tolerable {
+        if self.in_recovery(sent_at) {
+            return;
+        }
+        self.judge(0, bytes);
+        let rate = (self.acked + self.lost) / TOLERATED;
+        if self.lost <= rate + ALLOWED_PACKETS * self.packet {
             return;
         }
         self.recovery_start = Some(now);
         self.window = (self.window * BETA.0 / BETA.1).max(MINIMUM_PACKETS * self.packet);
         self.threshold = self.window;
         self.credit = 0;
+        self.acked = 0;
+        self.lost = 0;
     }
 }
 

@@ -379,3 +379,39 @@ fn a_source_that_changes_while_it_is_sent_is_found_out() {
     }
     assert_eq!(found, 8);
 }
+
+/// Which share of a link's capacity a transfer of 16 MiB gets.
+fn share(profile: Profile) -> (f64, String) {
+    let mut pair = Pair::new(&Config::default(), profile, 9);
+    let len = 16 << 20;
+    pair.plan(plain(0, 0, len));
+    let begin = pair.now;
+    pair.run(MINUTE);
+    let took = pair.sides[0].ended_at.since(begin).as_nanos() as f64;
+    let share = len as f64 * profile.nanos_per_byte / took;
+    (
+        share,
+        format!("{share:.2} {:?}", pair.connections[0].stats()),
+    )
+}
+
+#[test]
+fn a_bottleneck_is_filled_and_its_queue_survived() {
+    // 1 GB/s; the window that fills it is 100 kB without a queue.
+    let link = Profile {
+        nanos_per_byte: 1.0,
+        delay: Duration::from_micros(50),
+        ..Profile::CLEAN
+    };
+    for queue_bytes in [20_000, 50_000, 200_000, 1 << 20] {
+        let (share, stats) = share(Profile {
+            queue_bytes,
+            ..link
+        });
+        println!("queue {queue_bytes}: {stats}");
+        assert!(share > 0.7, "queue {queue_bytes}: {stats}");
+    }
+    let (share, stats) = share(Profile { loss: 10, ..link });
+    println!("1 % loss: {stats}");
+    assert!(share > 0.7, "1 % loss: {stats}");
+}
