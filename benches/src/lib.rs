@@ -1,1 +1,9 @@
-//! Micro-benchmarks and the throughput harness.
+//! What measures Genie, and what it is measured on.
+//!
+//! [`emulator`] is the wire of the lab: two virtual Ethernet devices joined by
+//! a link that is slow, lossy or worse, as asked. The harness itself is the
+//! command `genie bench`; the micro-benchmarks are under `benches/`.
+
+#![forbid(unsafe_code)]
+
+pub mod emulator;
