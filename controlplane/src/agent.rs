@@ -14,7 +14,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use genie_dataplane::endpoint::Completions;
-use genie_dataplane::tcp;
+use genie_dataplane::engine::udp;
+use genie_dataplane::{dpdk, tcp};
+use genie_hugepages::{Backing, Choice, PageSize, Root};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::net::{TcpListener, UnixListener};
@@ -237,10 +239,47 @@ fn start_tcp(config: &Config) -> Result<Started, AgentError> {
 }
 
 fn start_dpdk(config: &Config) -> Result<Started, String> {
-    if config.dpdk_device.is_none() {
+    let Some(device) = config.dpdk_device.clone() else {
         return Err("no device was given (--dpdk-device)".to_owned());
+    };
+    // Looked for first: without it the pages do not matter.
+    dpdk::load().map_err(|error| show_chain(&error))?;
+    let options = dpdk::Options::default();
+    check_huge_pages(u64::from(options.memory_mib) << 20)?;
+    let engine = udp::Config {
+        addresses: config.dpdk_addresses.clone(),
+        liveness: config.liveness,
+        ..udp::Config::default()
+    };
+    let opened = udp::spawn(engine, move || dpdk::Port::open(&device, &options));
+    let (running, local) = opened.map_err(|error| show_chain(&error))?;
+    Ok((Local::Dpdk(local), running))
+}
+
+/// DPDK's own words for a lack of huge pages do not say what to do.
+fn check_huge_pages(bytes: u64) -> Result<(), String> {
+    let survey = genie_hugepages::survey(&Root::default()).map_err(|error| error.to_string())?;
+    match survey.choose(PageSize::MB_2, bytes) {
+        Choice {
+            backing: Backing::Huge(_),
+            ..
+        } => Ok(()),
+        Choice { reasons, .. } => {
+            let reason = reasons.into_iter().next().unwrap_or_default();
+            Err(format!("no huge pages: {reason}"))
+        }
     }
-    Err("the engine for devices is not part of this build".to_owned())
+}
+
+/// An error and what caused it, in one line.
+fn show_chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text = format!("{text}: {error}");
+        cause = error.source();
+    }
+    text
 }
 
 /// Dispatches an engine's answers, and tells sessions that it has lost.

@@ -116,7 +116,11 @@ enum CommandError {
 
 /// Runs the command that the process was started with.
 pub fn main() -> ExitCode {
-    let command = Cli::command().long_version(long_version());
+    let mut command = Cli::command();
+    // Looks for DPDK, so only for those who ask.
+    if std::env::args_os().any(|arg| arg == "--version") {
+        command = command.long_version(long_version());
+    }
     let cli = match Cli::from_arg_matches(&command.get_matches()) {
         Ok(cli) => cli,
         Err(error) => error.exit(),
@@ -234,8 +238,12 @@ fn long_version() -> String {
         .map(|transport| transport.to_string())
         .join(", ");
     let protocol = crate::frame::VERSIONS;
+    let dpdk = match genie_dataplane::dpdk::load() {
+        Ok(library) => format!("{}, build {}", library.dpdk_version(), library.build_id()),
+        Err(reason) => format!("not found: {reason}"),
+    };
     format!(
-        "{}\ntransports: {transports}\ncontrol protocol: {} to {}",
+        "{}\ntransports: {transports}\ncontrol protocol: {} to {}\nDPDK: {dpdk}",
         env!("CARGO_PKG_VERSION"),
         protocol.start(),
         protocol.end()

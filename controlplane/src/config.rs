@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::Args;
+use genie_dataplane::dpdk::DeviceSpec;
 use genie_dataplane::tcp::STREAMS_MAX;
 use serde::Deserialize;
 
@@ -25,12 +26,15 @@ const DATA_PORT: u16 = 5556;
 pub const DRAIN_LIMIT: Duration = Duration::from_secs(10);
 
 /// Variables that start with `GENIE_` and are not flags of the agent.
-const OTHER_VARIABLES: [&str; 5] = [
+const OTHER_VARIABLES: [&str; 8] = [
+    "GENIE_BIN",
     "GENIE_DPDK_LIB",
-    "GENIE_REQUIRE_DPDK",
-    "GENIE_WITHOUT_DPDK",
+    "GENIE_HUGEPAGES",
     "GENIE_JSON",
     "GENIE_LOG",
+    "GENIE_PYTHON",
+    "GENIE_REQUIRE_DPDK",
+    "GENIE_WITHOUT_DPDK",
 ];
 
 /// The flags of `genie agent`; what is not given comes from the file or a default.
@@ -56,7 +60,7 @@ pub struct AgentArgs {
     pub transport: Option<Preference>,
     /// Device for DPDK: pci:0000:01:00.0, vdev:net_memif0,… or pair:SOCKET
     #[arg(long, value_name = "SPEC", env = "GENIE_DPDK_DEVICE")]
-    pub dpdk_device: Option<String>,
+    pub dpdk_device: Option<DeviceSpec>,
     /// Address of this node on the DPDK device's link; may be repeated
     #[arg(
         long,
@@ -99,7 +103,7 @@ pub struct Config {
     /// Transports allowed, best first.
     pub transport: Preference,
     /// DPDK device.
-    pub dpdk_device: Option<String>,
+    pub dpdk_device: Option<DeviceSpec>,
     /// Addresses on its link.
     pub dpdk_addresses: Vec<IpAddr>,
     /// Peers by name.
@@ -181,7 +185,7 @@ struct File {
     data: Option<SocketAddr>,
     socket: Option<PathBuf>,
     transport: Option<OneOrMore>,
-    dpdk_device: Option<String>,
+    dpdk_device: Option<DeviceSpec>,
     dpdk_address: Option<OneOrMore>,
     peer: BTreeMap<String, String>,
     store_bytes: Option<Number>,
