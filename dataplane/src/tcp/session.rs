@@ -29,6 +29,9 @@ use crate::engine::{Completion, FailReason, OpenError, OperationId, Receipt, Ses
 use crate::ledger::Copies;
 use crate::memory::Lease;
 
+/// Transfers given up whose reason is remembered.
+const GIVEN_UP_MAX: usize = 64;
+
 /// One session and all that belongs to it.
 #[derive(Debug)]
 pub(crate) struct Session {
@@ -40,6 +43,10 @@ pub(crate) struct Session {
     outgoing: HashMap<TransferId, Outgoing>,
     /// Transfers with chunks that no connection took, each once.
     sendable: VecDeque<TransferId>,
+    /// Incoming transfers that we gave up last, and why. A chunk of one that
+    /// arrives on another connection is answered with the same reason, which
+    /// may overtake the first answer.
+    given_up: VecDeque<(TransferId, Reason)>,
     dropped: u64,
 }
 
@@ -86,6 +93,7 @@ impl Session {
             incoming: HashMap::new(),
             outgoing: HashMap::new(),
             sendable: VecDeque::new(),
+            given_up: VecDeque::with_capacity(GIVEN_UP_MAX),
             dropped: 0,
         };
         session.dial(context)?;
@@ -267,6 +275,7 @@ impl Session {
         if outgoing {
             self.fail_outgoing(transfer, FailReason::Cancelled, context);
         } else {
+            self.note_given_up(transfer, Reason::Cancelled);
             self.fail_incoming(transfer, FailReason::Cancelled, context);
         }
     }
@@ -400,6 +409,20 @@ impl Session {
             dropped: self.dropped,
             transfers: (self.incoming.len() + self.outgoing.len()) as u64,
         }
+    }
+
+    fn note_given_up(&mut self, transfer: TransferId, reason: Reason) {
+        if self.given_up.len() == GIVEN_UP_MAX {
+            self.given_up.pop_front();
+        }
+        self.given_up.push_back((transfer, reason));
+    }
+
+    fn why_given_up(&self, transfer: TransferId) -> Reason {
+        let mut given_up = self.given_up.iter();
+        given_up
+            .find(|(id, _)| *id == transfer)
+            .map_or(Reason::Unknown, |(_, reason)| *reason)
     }
 
     fn fail_incoming(&mut self, transfer: TransferId, reason: FailReason, context: &mut Context) {

@@ -334,13 +334,13 @@ fn a_peer_that_dies_is_noticed_at_once() {
 #[test]
 fn a_peer_that_falls_silent_is_lost_within_the_limit() {
     for sending in [false, true] {
-        let mut peer = Peer::new();
         // While sending, the PING waits behind more than the kernel takes.
         let lease = if sending {
             filled(256 << 20, 1)
         } else {
             empty(128)
         };
+        let mut peer = Peer::new();
         let transfer = if sending {
             let id = TransferId {
                 slot: 0,

@@ -170,13 +170,8 @@ impl Session {
         let transfer = header.transfer;
         let Some(incoming) = self.incoming.get(&transfer) else {
             let reset = Header::about(Kind::ResetByReceiver, transfer);
-            self.answer(
-                index,
-                Header {
-                    reason: Reason::Unknown,
-                    ..reset
-                },
-            );
+            let reason = self.why_given_up(transfer);
+            self.answer(index, Header { reason, ..reset });
             return Ok(None);
         };
         let (len, granted) = (u64::from(header.payload_len), incoming.into.len() as u64);
@@ -244,6 +239,7 @@ impl Session {
                 },
             );
             self.dropped += 1;
+            self.note_given_up(header.transfer, Reason::Digest);
             self.fail_incoming(header.transfer, FailReason::DigestMismatch, context);
             return Ok(());
         }
