@@ -222,6 +222,7 @@ impl End {
         let grants = &self.grants;
         self.connection
             .handle_datagram(now, datagram, datagram.len(), |segment| {
+                let segment: Segment = segment.expect("the whole datagram is given");
                 let grant = grants
                     .get(&segment.transfer)
                     .expect("placed only under a grant");

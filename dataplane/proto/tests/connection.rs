@@ -53,7 +53,8 @@ impl Script {
     fn feed(&mut self, packet: &[u8]) {
         let memory = &mut self.memory;
         self.connection
-            .handle_datagram(self.now, packet, packet.len(), |segment: Segment| {
+            .handle_datagram(self.now, packet, packet.len(), |segment| {
+                let segment: genie_proto::Segment = segment.expect("the whole datagram is given");
                 let payload = &packet[HEADER_LEN..];
                 memory[segment.offset as usize..][..payload.len()].copy_from_slice(payload);
                 crc32c::crc32c(payload)
@@ -231,7 +232,7 @@ fn offsets_beyond_32_bits_land_where_they_belong() {
     script
         .connection
         .handle_datagram(Time(0), &packet, packet.len(), |segment| {
-            placed = Some(segment);
+            placed = segment;
             crc32c::crc32c(&packet[HEADER_LEN..])
         });
     assert_eq!(
@@ -662,4 +663,38 @@ fn silence_is_probed_before_the_path_is_given_up() {
     while script.transmit().is_some() {}
     assert_eq!(script.events(), [], "nobody asked for it");
     assert_eq!(script.connection.poll_timeout(), Some(Time(1_001_000_000)));
+}
+
+/// A duplicate whose header was damaged in a way its 16-bit check misses must
+/// not be acknowledged under the wrong number, also where only the header is at
+/// hand.
+#[test]
+fn a_duplicate_is_acknowledged_only_if_its_payload_vouches_for_it() {
+    let mut script = Script::new();
+    script.connection.receive(ID, 128).unwrap();
+    let payload = [5; 64];
+    let packet = |script: &mut Script| {
+        let mut header = script.header(Kind::Data, ID);
+        header.payload_len = 64;
+        header.encode(crc32c::crc32c(&payload))
+    };
+    let mut asked = Vec::new();
+    for crc in [crc32c::crc32c(&payload), 1, crc32c::crc32c(&payload)] {
+        let head = packet(&mut script);
+        let len = head.len() + payload.len();
+        script
+            .connection
+            .handle_datagram(Time(0), &head, len, |segment| {
+                asked.push(segment.is_some());
+                crc
+            });
+    }
+    assert_eq!(
+        asked,
+        [true, false, false],
+        "placed once, then only checked"
+    );
+    let stats = script.connection.stats();
+    assert_eq!(stats.drops(DropCause::PayloadCheck), 1);
+    assert_eq!(stats.duplicate_segments, 1);
 }

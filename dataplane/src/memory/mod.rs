@@ -16,3 +16,16 @@ mod view;
 pub use lease::{Lease, OutOfBounds};
 pub use region::{Backing, Region, RegionError};
 pub use view::View;
+
+/// Continues `crc` over raw memory.
+///
+/// # Safety
+/// `len` bytes at `at` must be mapped and readable during the call.
+unsafe fn crc_of(crc: u32, at: *const u8, len: usize) -> u32 {
+    // SAFETY: readable by the caller's promise. The slice exists only inside
+    // this call; `crc32c` reads each byte with loads that have no other use,
+    // so bytes that another process changes meanwhile can only make the
+    // checksum differ, which the protocol treats as a lost segment.
+    let bytes = unsafe { std::slice::from_raw_parts(at, len) };
+    crc32c::crc32c_append(crc, bytes)
+}

@@ -61,9 +61,21 @@ impl<'a> View<'a> {
         len
     }
 
+    /// CRC32C of the bytes as they are now.
+    pub fn crc32c(&self) -> u32 {
+        // SAFETY: readable by the type's invariant.
+        unsafe { super::crc_of(0, self.base, self.len) }
+    }
+
     /// The address of the first byte, for calls into a device.
     pub fn as_ptr(&self) -> *const u8 {
         self.base
+    }
+}
+
+impl Default for View<'_> {
+    fn default() -> Self {
+        Self::from(&[][..])
     }
 }
 

@@ -20,14 +20,16 @@ impl Connection {
     /// For data that is expected and not there yet, `place` is called once; it
     /// copies the datagram's bytes after the header to where the segment belongs
     /// and returns the CRC32C of what it *wrote*. Only if that is the sender's
-    /// are the bytes taken for delivered. Whatever is wrong with a datagram, it
-    /// is dropped and counted.
+    /// are the bytes taken for delivered. For data that is there already and
+    /// whose payload is not in `head`, it is called with `None`, writes nothing
+    /// and returns the CRC32C of the payload, which vouches for the header too.
+    /// Whatever is wrong with a datagram, it is dropped and counted.
     pub fn handle_datagram(
         &mut self,
         now: Time,
         head: &[u8],
         datagram_len: usize,
-        place: impl FnOnce(Segment) -> u32,
+        place: impl FnOnce(Option<Segment>) -> u32,
     ) {
         if let Err(cause) = self.try_handle(now, head, datagram_len, place) {
             self.count_drop(cause);
@@ -39,7 +41,7 @@ impl Connection {
         now: Time,
         head: &[u8],
         datagram_len: usize,
-        place: impl FnOnce(Segment) -> u32,
+        place: impl FnOnce(Option<Segment>) -> u32,
     ) -> Result<(), DropCause> {
         let (header, payload_crc) = Header::parse(head, datagram_len)?;
         if header.session != self.local {
@@ -83,7 +85,7 @@ impl Connection {
         payload_crc: u32,
         head: &[u8],
         datagram_len: usize,
-        place: impl FnOnce(Segment) -> u32,
+        place: impl FnOnce(Option<Segment>) -> u32,
     ) -> Result<(), DropCause> {
         let (transfer, offset, len) = (header.transfer, header.offset, header.payload_len);
         let fin = header.flags & FLAG_FIN != 0;
@@ -95,11 +97,11 @@ impl Connection {
         };
         match self.receiving.check(claim) {
             Verdict::Place => {
-                let crc = place(Segment {
+                let crc = place(Some(Segment {
                     transfer,
                     offset,
                     len: u32::from(len),
-                });
+                }));
                 if crc != payload_crc {
                     return Err(DropCause::PayloadCheck);
                 }
@@ -107,12 +109,14 @@ impl Connection {
                 self.stats.bytes_received += u64::from(len);
             }
             Verdict::AckOnly => {
-                // Nothing will be written, so the payload is not read; but where
-                // it is at hand its check also vouches for the header: a packet
-                // number that was corrupted must not be acknowledged.
-                if let Some(payload) = head.get(HEADER_LEN..datagram_len)
-                    && wire::crc(payload) != payload_crc
-                {
+                // Nothing is written, but a packet number that was corrupted
+                // must not be acknowledged: the sender would never send again
+                // what that packet carried.
+                let crc = match head.get(HEADER_LEN..datagram_len) {
+                    Some(payload) => wire::crc(payload),
+                    None => place(None),
+                };
+                if crc != payload_crc {
                     return Err(DropCause::PayloadCheck);
                 }
                 self.stats.duplicate_segments += u64::from(len > 0);

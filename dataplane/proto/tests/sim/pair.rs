@@ -207,6 +207,7 @@ impl Pair {
         let before = self.connections[to].stats().bytes_received;
         let mut placed = None;
         self.connections[to].handle_datagram(self.now, datagram, datagram.len(), |segment| {
+            let segment: genie_proto::Segment = segment.expect("the whole datagram is given");
             let payload = &datagram[HEADER_LEN..];
             let destination = side
                 .destinations

@@ -259,13 +259,15 @@ impl Session {
             placed_bytes,
             ..
         } = self;
-        let place = |segment: Segment| {
+        let payload = datagram.slice(wire::HEADER_LEN..datagram.len());
+        let payload = payload.unwrap_or_default();
+        let place = |segment: Option<Segment>| {
+            let Some(segment) = segment else {
+                return payload.crc32c();
+            };
             let transfer = incoming
                 .get_mut(&segment.transfer)
                 .expect("the connection places only into transfers it was given");
-            let payload = datagram
-                .slice(wire::HEADER_LEN..wire::HEADER_LEN + segment.len as usize)
-                .expect("the connection was told the datagram's length");
             transfer.placed += payload.len() as u64;
             *placed_bytes += payload.len() as u64;
             transfer.into.place(segment.offset as usize, payload)
