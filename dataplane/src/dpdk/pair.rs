@@ -22,6 +22,10 @@
 //! - 1024 descriptors each way: vhost has no ring of its own and works with
 //!   virtio_user's, which must be a power of two (`queue_size`).
 //! - A full ring refuses frames, and loses none.
+//! - virtio_user takes a peer back from the EAL's interrupt thread, if the port
+//!   was configured with link interrupts (the library does); without them only
+//!   when somebody asks for the link. With them no survivor aborted, in some
+//!   forty kills of either end, half of them in the middle of traffic.
 //! - Either end's link goes down at once when the peer is killed, and up again
 //!   up to 1 s after it came back. Frames in the rings at that moment are sent
 //!   again or lost, as on a wire.

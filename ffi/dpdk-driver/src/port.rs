@@ -458,7 +458,9 @@ fn configure(
 }
 
 /// Whether the driver can report a change of its link by itself. virtio_user
-/// takes a peer back only then, or when somebody asks for its link.
+/// takes a peer back only then, or when somebody asks for its link; and with it
+/// asking reads a word in memory, where it was a system call that raced with
+/// the interrupt thread.
 fn wants_link_interrupt(info: &sys::rte_eth_dev_info) -> bool {
     // SAFETY: null, or flags that live as long as the device.
     let flags = unsafe { info.dev_flags.as_ref() };
