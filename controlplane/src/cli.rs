@@ -10,6 +10,7 @@ use std::io::{self, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
+use clap::builder::FalseyValueParser;
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 use serde::Serialize;
 use tracing_subscriber::EnvFilter;
@@ -28,7 +29,7 @@ struct Cli {
     #[arg(long, global = true, value_name = "LEVEL", env = "GENIE_LOG")]
     log: Option<String>,
     /// Print data as JSON
-    #[arg(long, global = true, env = "GENIE_JSON")]
+    #[arg(long, global = true, env = "GENIE_JSON", value_parser = FalseyValueParser::new())]
     json: bool,
     #[command(subcommand)]
     command: Command,

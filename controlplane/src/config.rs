@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::Args;
+use clap::builder::FalseyValueParser;
 use genie_dataplane::dpdk::DeviceSpec;
 use genie_dataplane::tcp::STREAMS_MAX;
 use serde::Deserialize;
@@ -85,7 +86,7 @@ pub struct AgentArgs {
     #[arg(long, value_name = "N", env = "GENIE_STREAMS", value_parser = clap::value_parser!(u16).range(1..=STREAMS_MAX as i64))]
     pub streams: Option<u16>,
     /// Listen on addresses that others can reach though nobody is authenticated
-    #[arg(long, env = "GENIE_ALLOW_UNAUTHENTICATED")]
+    #[arg(long, env = "GENIE_ALLOW_UNAUTHENTICATED", value_parser = FalseyValueParser::new())]
     pub allow_unauthenticated: bool,
 }
 

@@ -245,8 +245,23 @@ fn ended(call: &mut Call, message: Message) -> Result<Outcome, TransferError> {
     }
 }
 
-/// The session's end explains more than what it did to one transfer.
+/// What the failure of one transfer means to the batch, and to its session.
 fn failed(session: &Session, reason: FailReason) -> TransferError {
+    match reason {
+        // The path is of no use any more, whether the engine has said so or
+        // did before the session was there to be told.
+        FailReason::PathLost(_)
+        | FailReason::Closed
+        | FailReason::Refused(_)
+        | FailReason::Stopped => {
+            session.end(format!("peer '{}': {reason}", session.peer));
+        }
+        FailReason::DigestMismatch
+        | FailReason::Cancelled
+        | FailReason::CancelledByPeer
+        | FailReason::Protocol(_) => {}
+    }
+    // The session's end explains more than what it did to one transfer.
     match session.ended() {
         Some(ended) => SessionError::Ended(ended).into(),
         None => TransferError::Failed(reason),

@@ -1,0 +1,179 @@
+//! Two agents over a DPDK device: the local pair of virtio_user and vhost.
+//!
+//! Skipped, with the reason, where there is no DPDK or no huge page;
+//! `GENIE_REQUIRE_DPDK=1` turns that into a failure.
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use genie_tests::model::{self, Tensor};
+use genie_tests::{Agent, GENEROUS, eventually};
+use rustix::process::Signal;
+use serde_json::{Value, json};
+
+fn text(path: &Path) -> &str {
+    path.to_str().expect("temporary paths are UTF-8")
+}
+
+fn transport(agent: &Agent, name: &str) -> Value {
+    let status = agent.status();
+    let transports = status["transports"].as_array().expect("a list");
+    let found = transports.iter().find(|one| one["transport"] == name);
+    found
+        .unwrap_or_else(|| panic!("no {name} in {status}"))
+        .clone()
+}
+
+/// Two agents with the ends of a pair; none, having said why, without DPDK.
+fn pair(folder: &Path, transport_flag: &str) -> Option<(Agent, Agent)> {
+    let device = format!("--dpdk-device=pair:{}", folder.join("pair").display());
+    let flags = ["--liveness=2s", &device];
+    let start =
+        |name: &str, more: &[&str]| Agent::start_with(folder, name, &[&flags[..], more].concat());
+    let probe = Agent::start_with(folder, "probe", &["--transport=auto", &device]);
+    let reason = transport(&probe, "dpdk")["reason"].clone();
+    drop(probe);
+    if let Some(reason) = reason.as_str() {
+        assert!(
+            std::env::var_os("GENIE_REQUIRE_DPDK").is_none(),
+            "DPDK is required: {reason}"
+        );
+        println!("skipped: {reason}");
+        return None;
+    }
+    let b = start("b", &["--transport=auto"]);
+    let a = start("a", &[transport_flag, &b.as_peer()]);
+    Some((a, b))
+}
+
+#[test]
+fn a_model_takes_the_device_as_its_own_counters_show() {
+    let folder = tempfile::tempdir().unwrap();
+    let Some((a, b)) = pair(folder.path(), "--transport=dpdk") else {
+        return;
+    };
+    let (file, back) = (
+        folder.path().join("m.safetensors"),
+        folder.path().join("out.safetensors"),
+    );
+    let mut tensors: Vec<Tensor> = (0..300)
+        .map(|i| Tensor::bytes(&format!("t.{i}"), i * 37))
+        .collect();
+    tensors.push(Tensor::bytes("large", (8 << 20) + 13));
+    model::write(&file, &tensors, &[("format", "pt")]);
+    let bytes: u64 = tensors.iter().map(|tensor| tensor.bytes.len() as u64).sum();
+
+    let moved = |from: &Agent, to: &Agent| {
+        let port = |agent: &Agent, counter: &str| {
+            transport(agent, "dpdk")["engine"]["port"][counter].as_u64()
+        };
+        // An engine publishes now and then.
+        let through = port(from, "tx_bytes")?.min(port(to, "rx_bytes")?);
+        (through > bytes).then_some(())
+    };
+    let put = a.json(&["put", text(&file), "b:model"]);
+    eventually("both ports have counted the put", || moved(&a, &b));
+    let got = a.json(&["get", "b:model", text(&back)]);
+    eventually("both ports have counted the get", || moved(&b, &a));
+    assert_eq!(model::read(&back), model::read(&file));
+
+    for moved in [&put, &got] {
+        let path = moved["path"].as_str().unwrap();
+        assert!(
+            ["dpdk:net_vhost", "dpdk:net_virtio_user"].contains(&path),
+            "{moved}"
+        );
+        assert_eq!(moved["bytes"], bytes);
+        assert_eq!(moved["copies"]["kernel"], 0, "no kernel on this path");
+        assert!(
+            moved["copies"]["driver"].as_u64() >= Some(bytes),
+            "vhost copies: {moved}"
+        );
+    }
+    assert_eq!(put["digest"], got["digest"]);
+    // One copy out of the packets, and one into them where the device (the
+    // virtio_user end) takes no memory but its own.
+    let copies = |moved: &Value| moved["copies_per_byte"].as_f64().unwrap().round() as u64;
+    let mut both = [copies(&put), copies(&got)];
+    both.sort_unstable();
+    assert_eq!(both, [1, 2], "{put} {got}");
+    for agent in [&a, &b] {
+        assert!(
+            agent.status()["sessions"][0]["path"]
+                .as_str()
+                .unwrap()
+                .starts_with("dpdk:")
+        );
+    }
+    let tcp = &transport(&b, "tcp")["engine"];
+    assert_eq!(
+        (&tcp["sent_bytes"], &tcp["received_bytes"]),
+        (&json!(0), &json!(0))
+    );
+}
+
+#[test]
+fn a_stopped_peer_on_a_device_is_an_error_in_time() {
+    let folder = tempfile::tempdir().unwrap();
+    let Some((a, b)) = pair(folder.path(), "--transport=auto") else {
+        return;
+    };
+    let file = folder.path().join("large.safetensors");
+    model::write_sparse(&file, 64, 16 << 20);
+    let put = a.spawn(&["put", text(&file), "b:large"]);
+    // The peer makes room for it or receives it; either way it cannot end.
+    eventually("the peer has the request", || {
+        (b.status()["sessions"][0]["requests"] == 1).then_some(())
+    });
+    b.signal(Signal::STOP);
+    let stopped = Instant::now();
+    put.wait(GENEROUS).assert_fails_with("peer 'b'");
+    assert!(
+        stopped.elapsed() < Duration::from_secs(2 + 5),
+        "{:?}",
+        stopped.elapsed()
+    );
+    b.signal(Signal::CONT);
+    eventually("the room is given back", || {
+        (b.status()["store"]["used_bytes"] == 0).then_some(())
+    });
+    let small = folder.path().join("small.safetensors");
+    model::write(&small, &[Tensor::bytes("x", 5000)], &[]);
+    assert_eq!(
+        a.json(&["put", text(&small), "b:small"])["reasons"],
+        json!([])
+    );
+}
+
+#[test]
+fn a_side_without_a_device_is_the_reason_at_both_ends() {
+    let folder = tempfile::tempdir().unwrap();
+    let Some((a, b)) = pair(folder.path(), "--transport=auto") else {
+        return;
+    };
+    drop(b);
+    let c = Agent::start_with(folder.path(), "c", &["--transport=auto"]);
+    drop(a);
+    let device = format!(
+        "--dpdk-device=pair:{}",
+        folder.path().join("pair").display()
+    );
+    let a = Agent::start_with(
+        folder.path(),
+        "a",
+        &["--transport=auto", &device, &c.as_peer()],
+    );
+    let small = folder.path().join("small.safetensors");
+    model::write(&small, &[Tensor::bytes("x", 5000)], &[]);
+    let put = a.json(&["put", text(&small), "c:small"]);
+    let reasons = json!(["dpdk: node 'c': no device was given (--dpdk-device)"]);
+    assert_eq!((&put["path"], &put["reasons"]), (&json!("tcp"), &reasons));
+    assert_eq!(c.status()["sessions"][0]["reasons"], reasons);
+    drop(a);
+
+    let args = ["--transport=dpdk", &device, &c.as_peer()];
+    let a = Agent::start_with(folder.path(), "a", &args);
+    let output = a.genie(&["put", text(&small), "c:small"]);
+    output.assert_fails_with("no path to peer 'c'");
+    output.assert_fails_with("node 'c': no device was given");
+}
