@@ -178,7 +178,7 @@ pub fn read_blocking<T: DeserializeOwned>(
     decode(&body)
 }
 
-/// [`write`] for blocking code.
+/// [`write()`] for blocking code.
 pub fn write_blocking<T: Serialize>(
     stream: &mut impl Write,
     message: &T,

@@ -3,7 +3,8 @@
 //! Batches of tensors come in through [`Store::commit`], all or none, and only
 //! once every byte was verified. The invariant: *memory is counted from before
 //! it is allocated until the last transfer that uses it has let go*, so that
-//! the budget cannot be overrun, and a reader never sees half a batch.
+//! the budget cannot be overrun by more than the rest of a page, and a reader
+//! never sees half a batch.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
