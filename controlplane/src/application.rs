@@ -180,7 +180,7 @@ enum Refused {
     #[error("tensor {name:?} lies outside the arena")]
     OutsideArena { name: String },
     #[error("the arena cannot be sealed: {0}")]
-    Seal(rustix::io::Errno),
+    Seal(genie_dataplane::memory::RegionError),
 }
 
 /// Serves one application until it leaves.

@@ -1,6 +1,8 @@
 //! Leases: a transfer's hold on a slice of a region.
 
+use std::io;
 use std::ops::Range;
+use std::os::fd::{AsFd, AsRawFd};
 use std::sync::Arc;
 
 use super::{Region, View, crc_of};
@@ -111,9 +113,10 @@ impl Lease {
     /// Writes `bytes` at `offset`.
     ///
     /// # Panics
-    /// If they do not fit: the caller checked bounds against its grant.
+    /// If they do not fit, which the caller checked against its grant, or if
+    /// the region was imported and may only be read.
     pub fn write_at(&self, offset: usize, bytes: View<'_>) {
-        let to = self.target(offset, bytes.len());
+        let to = self.destination(offset, bytes.len());
         // SAFETY: `target` checked that the bytes fit. The source may lie in
         // the same region (a copy within an arena), so the ranges may overlap.
         unsafe { std::ptr::copy(bytes.as_ptr(), to, bytes.len()) };
@@ -127,15 +130,16 @@ impl Lease {
     /// pass as verified.
     ///
     /// # Panics
-    /// If they do not fit: the caller checked bounds against its grant.
+    /// If they do not fit, which the caller checked against its grant, or if
+    /// the region was imported and may only be read.
     pub fn place(&self, offset: usize, bytes: View<'_>) -> u32 {
         let len = bytes.len();
-        let mut to = self.target(offset, len);
+        let mut to = self.destination(offset, len);
         let mut from = bytes.as_ptr();
         let (mut left, mut crc) = (len, 0);
         while left > 0 {
             let block = left.min(CACHE_BLOCK);
-            // SAFETY: `target` checked all `len` bytes; `from` and `to` are
+            // SAFETY: `destination` checked all `len` bytes; `from` and `to` are
             // advanced by the same amounts, which sum up to `len`.
             unsafe { std::ptr::copy(from, to, block) };
             // SAFETY: these bytes were just written and stay mapped; the
@@ -170,6 +174,43 @@ impl Lease {
         unsafe { std::ptr::copy_nonoverlapping(from, into.as_mut_ptr(), into.len()) };
     }
 
+    /// Reads from a file at `at` straight into `range`; returns how many bytes
+    /// that were, fewer than asked for at the file's end. One copy, the kernel's.
+    ///
+    /// # Panics
+    /// If the range lies outside, or the region may only be read.
+    pub fn read_file(&self, range: Range<usize>, file: impl AsFd, at: u64) -> io::Result<usize> {
+        let len = range.end.saturating_sub(range.start);
+        let to = self.destination(range.start, len);
+        let at = libc::off_t::try_from(at).map_err(|_| io::ErrorKind::InvalidInput)?;
+        retry(|| {
+            // SAFETY: `destination` checked that `len` writable bytes are there.
+            unsafe { libc::pread(file.as_fd().as_raw_fd(), to.cast(), len, at) }
+        })
+    }
+
+    /// Writes bytes in `range` straight to a file's position; returns how many
+    /// it took. One copy, the kernel's.
+    ///
+    /// # Panics
+    /// If the range lies outside: the caller cut it from its own tensor.
+    pub fn write_file(&self, range: Range<usize>, file: impl AsFd) -> io::Result<usize> {
+        let len = range.end.saturating_sub(range.start);
+        let from = self.target(range.start, len);
+        retry(|| {
+            // SAFETY: `target` checked that `len` readable bytes are there.
+            unsafe { libc::write(file.as_fd().as_raw_fd(), from.cast(), len) }
+        })
+    }
+
+    fn destination(&self, offset: usize, len: usize) -> *mut u8 {
+        assert!(
+            self.region.is_writable(),
+            "imported memory may only be read"
+        );
+        self.target(offset, len)
+    }
+
     fn target(&self, offset: usize, len: usize) -> *mut u8 {
         let fits = offset.checked_add(len).is_some_and(|end| end <= self.len);
         assert!(
@@ -179,6 +220,21 @@ impl Lease {
         );
         // SAFETY: offset <= self.len, which lies in the mapping.
         unsafe { self.as_ptr().add(offset) }
+    }
+}
+
+/// Calls until no signal came in between.
+fn retry(mut call: impl FnMut() -> isize) -> io::Result<usize> {
+    loop {
+        match usize::try_from(call()) {
+            Ok(len) => return Ok(len),
+            Err(_) => {
+                let error = io::Error::last_os_error();
+                if error.kind() != io::ErrorKind::Interrupted {
+                    return Err(error);
+                }
+            }
+        }
     }
 }
 
@@ -223,6 +279,25 @@ mod tests {
         let mut back = vec![0; bytes.len()];
         lease.read_at(100, &mut back);
         assert_eq!(back, bytes);
+    }
+
+    #[test]
+    fn files_are_read_and_written_without_a_buffer() {
+        let file = tempfile::tempfile().unwrap();
+        let lease = Lease::whole(region(4096));
+        lease.write_at(10, View::from(&b"tensor"[..]));
+        assert_eq!(lease.write_file(10..16, &file).unwrap(), 6);
+        let other = Lease::whole(region(4096));
+        assert_eq!(
+            other.read_file(100..110, &file, 1).unwrap(),
+            5,
+            "to the end"
+        );
+        let mut bytes = [0; 5];
+        other.read_at(100, &mut bytes);
+        assert_eq!(&bytes, b"ensor");
+        let folder = std::fs::File::open("/").unwrap();
+        assert!(other.read_file(0..1, &folder, 0).is_err());
     }
 
     #[test]

@@ -2,17 +2,20 @@
 //!
 //! Called by the engines, which read and write tensors only through a
 //! [`Lease`], and by the control plane, which makes regions for its store and
-//! for applications. The invariant this module owns: *memory that an engine, a
+//! for applications; applications allocate tensors in theirs with an [`Arena`].
+//! The invariant this module owns: *memory that an engine, a
 //! NIC or another process may touch is never freed before the last lease on it
 //! is dropped, and never seen through a Rust reference*, since another process
 //! may write it at any time. Bytes are copied in and out through raw pointers.
 
 #![allow(unsafe_code)]
 
+mod arena;
 mod lease;
 mod region;
 mod view;
 
+pub use arena::{ALIGNMENT, Arena, Block, NoRoom};
 pub use lease::{Lease, OutOfBounds};
 pub use region::{Backing, Region, RegionError};
 pub use view::View;

@@ -1,11 +1,12 @@
 //! Regions: memory made from a sealed memfd, so that it can be shared.
 
+use std::any::Any;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::ptr::NonNull;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use rustix::fs::{MemfdFlags, SealFlags};
-use rustix::mm::{MapFlags, ProtFlags};
+use rustix::mm::{Advice, MapFlags, MlockFlags, ProtFlags};
 
 /// What the pages of a region are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,8 +42,9 @@ impl Backing {
 /// Why a region could not be made.
 #[derive(Debug, thiserror::Error)]
 pub enum RegionError {
-    /// A region of zero bytes, or one too large for the address space.
-    #[error("a region of {0} bytes cannot be made")]
+    /// A region of zero bytes, of no whole number of pages, or one too large
+    /// for the address space.
+    #[error("a region of {0} bytes cannot be made: whole pages, and at least one, are needed")]
     Size(u64),
     /// The kernel refused the memory file.
     #[error("cannot create a memory file of {len_bytes} bytes ({backing:?})")]
@@ -65,8 +67,28 @@ pub enum RegionError {
         source: rustix::io::Errno,
     },
     /// The file lacks seals without which its owner could pull it away under us.
-    #[error("the memory file is not sealed against {0}: add the seal before passing it")]
-    NotSealed(&'static str),
+    #[error("the memory file lacks {0}: add the seals before passing it (fcntl F_ADD_SEALS)")]
+    NotSealed(String),
+    /// Pages that should be there are not and cannot be had.
+    #[error("pages are missing from {len_bytes} bytes ({backing:?}) and cannot be had")]
+    Populate {
+        /// Length of the region.
+        len_bytes: usize,
+        /// Its pages.
+        backing: Backing,
+        /// The kernel's answer.
+        source: rustix::io::Errno,
+    },
+    /// The pages cannot be kept from moving.
+    #[error(
+        "cannot lock {len_bytes} bytes: raise the limit on locked memory (ulimit -l) or use huge pages"
+    )]
+    Pin {
+        /// Length of the region.
+        len_bytes: usize,
+        /// The kernel's answer.
+        source: rustix::io::Errno,
+    },
     /// The descriptor is not a memory file, or cannot be asked about.
     #[error("not a memory file that can be used")]
     NotMemfd(#[source] rustix::io::Errno),
@@ -81,7 +103,10 @@ pub struct Region {
     base: NonNull<u8>,
     len: usize,
     backing: Backing,
+    writable: bool,
     file: OwnedFd,
+    /// Dropped after the pages were given back.
+    guard: OnceLock<Box<dyn Any + Send + Sync>>,
 }
 
 // SAFETY: the mapping belongs to the process, not to a thread; it is released
@@ -117,7 +142,7 @@ impl Region {
         let file = rustix::fs::memfd_create("genie", flags).map_err(created)?;
         rustix::fs::ftruncate(&file, len as u64).map_err(created)?;
         rustix::fs::fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW).map_err(created)?;
-        Self::map(file, len, backing)
+        Self::map(file, len, backing, Access::ReadWrite)
     }
 
     /// Makes a region on 2 MiB huge pages, or on ordinary ones with the reason.
@@ -133,32 +158,39 @@ impl Region {
         }
     }
 
-    /// Maps a memory file that came from another process.
+    /// Maps an arena that came from another process, to write into it.
     ///
-    /// It must already be sealed against shrinking and against further
-    /// sealing changes; otherwise its owner could make our access fault.
+    /// It must be sealed against shrinking; otherwise its owner could make our
+    /// access fault. Whoever made it may still punch holes, so this is for an
+    /// application that trusts its agent, never for the agent.
     pub fn from_memfd(file: OwnedFd) -> Result<Arc<Self>, RegionError> {
-        let seals = rustix::fs::fcntl_get_seals(&file).map_err(RegionError::NotMemfd)?;
-        if !seals.contains(SealFlags::SHRINK) {
-            return Err(RegionError::NotSealed("shrinking"));
-        }
-        let stat = rustix::fs::fstat(&file).map_err(RegionError::NotMemfd)?;
-        let system = rustix::fs::fstatfs(&file).map_err(RegionError::NotMemfd)?;
-        let backing = if system.f_type == libc::HUGETLBFS_MAGIC {
-            Backing::HugeTlb {
-                page_bytes: system.f_bsize as usize,
-            }
-        } else {
-            Backing::Shmem
-        };
-        let len = usize::try_from(stat.st_size)
-            .ok()
-            .filter(|len| *len > 0)
-            .ok_or(RegionError::Size(stat.st_size as u64))?;
-        Self::map(file, len, backing)
+        check_seals(&file, SealFlags::SHRINK)?;
+        let (len, backing) = extent(&file)?;
+        Self::map(file, len, backing, Access::ReadWrite)
     }
 
-    fn map(file: OwnedFd, len: usize, backing: Backing) -> Result<Arc<Self>, RegionError> {
+    /// Maps a memory file of a stranger's as it is, to read from it.
+    ///
+    /// It must be sealed against shrinking, growing, holes (`F_SEAL_WRITE` or
+    /// `F_SEAL_FUTURE_WRITE`) and further sealing, and all of its pages must be
+    /// there: nothing the stranger does later can make our access fault.
+    pub fn import(file: OwnedFd) -> Result<Arc<Self>, RegionError> {
+        let seals = check_seals(&file, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
+        if !seals.intersects(SealFlags::WRITE | SealFlags::FUTURE_WRITE) {
+            return Err(RegionError::NotSealed("F_SEAL_FUTURE_WRITE".into()));
+        }
+        let (len, backing) = extent(&file)?;
+        let region = Self::map(file, len, backing, Access::Read)?;
+        region.populate()?;
+        Ok(region)
+    }
+
+    fn map(
+        file: OwnedFd,
+        len: usize,
+        backing: Backing,
+        access: Access,
+    ) -> Result<Arc<Self>, RegionError> {
         let mapped = |source| RegionError::Map {
             len_bytes: len,
             backing,
@@ -166,17 +198,30 @@ impl Region {
         };
         // Populated now, so that no page fault falls into a transfer, and so
         // that a pool of huge pages too small is an error here, not a SIGBUS.
-        let flags = MapFlags::SHARED | MapFlags::POPULATE;
-        let prot = ProtFlags::READ | ProtFlags::WRITE;
-        // SAFETY: a new mapping at an address of the kernel's choice.
-        let base = unsafe { rustix::mm::mmap(std::ptr::null_mut(), len, prot, flags, &file, 0) }
-            .map_err(mapped)?;
+        let (prot, populate) = match access {
+            Access::ReadWrite => (ProtFlags::READ | ProtFlags::WRITE, MapFlags::POPULATE),
+            // `import` does it, and looks whether it worked.
+            Access::Read => (ProtFlags::READ, MapFlags::empty()),
+        };
+        let map = |flags| {
+            // SAFETY: a new mapping at an address of the kernel's choice.
+            unsafe { rustix::mm::mmap(std::ptr::null_mut(), len, prot, flags, &file, 0) }
+        };
+        let base = match map(MapFlags::SHARED | populate) {
+            // Linux before 6.7 lets nobody share a file sealed against writing;
+            // a private mapping that is only read shows the same pages.
+            Err(rustix::io::Errno::PERM) if access == Access::Read => map(MapFlags::PRIVATE),
+            answer => answer,
+        };
+        let base = base.map_err(mapped)?;
         let base = NonNull::new(base.cast::<u8>()).expect("mmap without MAP_FIXED is not null");
         Ok(Arc::new(Self {
             base,
             len,
             backing,
+            writable: access == Access::ReadWrite,
             file,
+            guard: OnceLock::new(),
         }))
     }
 
@@ -200,15 +245,113 @@ impl Region {
         self.base.as_ptr()
     }
 
+    /// Whether bytes may be written; false for memory that was imported.
+    pub fn is_writable(&self) -> bool {
+        self.writable
+    }
+
+    /// Drops `guard` once the pages were given back, after the last lease.
+    ///
+    /// Returns it if the region already has one.
+    pub fn guard(
+        &self,
+        guard: Box<dyn Any + Send + Sync>,
+    ) -> Result<(), Box<dyn Any + Send + Sync>> {
+        self.guard.set(guard)
+    }
+
     /// Seals the file so that nobody who holds its descriptor can change its
-    /// size, punch holes into it, make new writable mappings or lift the seals.
+    /// size, punch holes into it, make new writable mappings or lift the seals,
+    /// and checks that the seals are there.
     ///
     /// Mappings made before stay writable. Called after an application has
-    /// mapped its arena.
-    pub fn seal(&self) -> Result<(), rustix::io::Errno> {
+    /// mapped its arena, and before anything that it put there is used.
+    pub fn seal(&self) -> Result<(), RegionError> {
         let seals = SealFlags::SHRINK | SealFlags::GROW | SealFlags::FUTURE_WRITE | SealFlags::SEAL;
-        rustix::fs::fcntl_add_seals(&self.file, seals)
+        let added = rustix::fs::fcntl_add_seals(&self.file, seals);
+        // Somebody else may have added some and locked the set: what counts is
+        // what is there now.
+        check_seals(&self.file, seals).map_err(|missing| match added {
+            Ok(()) => missing,
+            Err(source) => RegionError::NotMemfd(source),
+        })?;
+        Ok(())
     }
+
+    /// Makes every page present, or says that it cannot.
+    ///
+    /// Whoever held the descriptor before the seals were added may have punched
+    /// holes; the next access would take a page from a pool that may be empty,
+    /// which is a SIGBUS. After the seals and this, it no longer can be.
+    pub fn populate(&self) -> Result<(), RegionError> {
+        let advice = if self.writable {
+            Advice::LinuxPopulateWrite
+        } else {
+            Advice::LinuxPopulateRead
+        };
+        // SAFETY: all of our own mapping; populating changes no byte of it.
+        unsafe { rustix::mm::madvise(self.base.as_ptr().cast(), self.len, advice) }.map_err(
+            |source| RegionError::Populate {
+                len_bytes: self.len,
+                backing: self.backing,
+                source,
+            },
+        )
+    }
+
+    /// Keeps the pages where they are, so that a device may be told their
+    /// addresses: huge pages never move, others are locked.
+    ///
+    /// Undone when the region is unmapped.
+    pub fn pin(&self) -> Result<(), RegionError> {
+        if matches!(self.backing, Backing::HugeTlb { .. }) {
+            return Ok(());
+        }
+        // SAFETY: all of our own mapping.
+        unsafe { rustix::mm::mlock_with(self.base.as_ptr().cast(), self.len, MlockFlags::empty()) }
+            .map_err(|source| RegionError::Pin {
+                len_bytes: self.len,
+                source,
+            })
+    }
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Access {
+    Read,
+    ReadWrite,
+}
+
+/// The file's seals; an error that names those of `wanted` that it lacks.
+fn check_seals(file: &OwnedFd, wanted: SealFlags) -> Result<SealFlags, RegionError> {
+    let seals = rustix::fs::fcntl_get_seals(file).map_err(RegionError::NotMemfd)?;
+    let missing = wanted - seals;
+    if missing.is_empty() {
+        return Ok(seals);
+    }
+    let names = missing
+        .iter_names()
+        .map(|(name, _)| format!("F_SEAL_{name}"))
+        .collect::<Vec<_>>();
+    Err(RegionError::NotSealed(names.join(", ")))
+}
+
+/// Length of a memory file in bytes, and what its pages are.
+fn extent(file: &OwnedFd) -> Result<(usize, Backing), RegionError> {
+    let stat = rustix::fs::fstat(file).map_err(RegionError::NotMemfd)?;
+    let system = rustix::fs::fstatfs(file).map_err(RegionError::NotMemfd)?;
+    let backing = if system.f_type == libc::HUGETLBFS_MAGIC {
+        Backing::HugeTlb {
+            page_bytes: system.f_bsize as usize,
+        }
+    } else {
+        Backing::Shmem
+    };
+    let len = usize::try_from(stat.st_size)
+        .ok()
+        .filter(|len| *len > 0 && len.is_multiple_of(backing.page_bytes()))
+        .ok_or(RegionError::Size(stat.st_size as u64))?;
+    Ok((len, backing))
 }
 
 impl AsFd for Region {
@@ -230,6 +373,7 @@ impl Drop for Region {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::memory::Lease;
 
     #[test]
     fn lengths_are_whole_pages_and_never_zero() {
@@ -242,14 +386,62 @@ mod tests {
         assert_eq!(region.len(), 8192);
     }
 
-    #[test]
-    fn a_file_that_could_shrink_is_refused() {
+    fn memfd(len: u64, seals: SealFlags) -> OwnedFd {
         let file = rustix::fs::memfd_create("t", MemfdFlags::ALLOW_SEALING).unwrap();
-        rustix::fs::ftruncate(&file, 4096).unwrap();
-        assert!(matches!(
-            Region::from_memfd(file),
-            Err(RegionError::NotSealed("shrinking"))
-        ));
+        rustix::fs::ftruncate(&file, len).unwrap();
+        rustix::fs::fcntl_add_seals(&file, seals).unwrap();
+        file
+    }
+
+    #[test]
+    fn a_file_that_could_change_is_refused_with_the_seals_it_lacks() {
+        let lacks = |file, import: bool| {
+            let refused = if import {
+                Region::import(file)
+            } else {
+                Region::from_memfd(file)
+            };
+            match refused {
+                Err(RegionError::NotSealed(missing)) => missing,
+                other => panic!("{other:?}"),
+            }
+        };
+        assert_eq!(
+            lacks(memfd(4096, SealFlags::empty()), false),
+            "F_SEAL_SHRINK"
+        );
+        assert_eq!(
+            lacks(memfd(4096, SealFlags::SHRINK), true),
+            "F_SEAL_SEAL, F_SEAL_GROW"
+        );
+        let all_but_holes = SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL;
+        assert_eq!(
+            lacks(memfd(4096, all_but_holes), true),
+            "F_SEAL_FUTURE_WRITE"
+        );
+    }
+
+    #[test]
+    fn a_sealed_file_is_imported_to_be_read() {
+        for last in [SealFlags::WRITE, SealFlags::FUTURE_WRITE] {
+            let file = memfd(4096, SealFlags::empty());
+            rustix::io::pwrite(&file, b"tensor", 0).unwrap();
+            let seals = SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL | last;
+            rustix::fs::fcntl_add_seals(&file, seals).unwrap();
+            let region = Region::import(file).unwrap();
+            assert!(!region.is_writable());
+            let mut bytes = [0; 6];
+            Lease::whole(region).read_at(0, &mut bytes);
+            assert_eq!(&bytes, b"tensor");
+        }
+    }
+
+    #[test]
+    #[should_panic(expected = "may only be read")]
+    fn imported_memory_is_not_written() {
+        let seals = SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL | SealFlags::FUTURE_WRITE;
+        let region = Region::import(memfd(4096, seals)).unwrap();
+        Lease::whole(region).write_at(0, (&b"x"[..]).into());
     }
 
     #[test]
@@ -262,14 +454,56 @@ mod tests {
     }
 
     #[test]
-    fn sealed_files_refuse_new_writable_mappings() {
-        let region = Region::with_backing(4096, Backing::Shmem).unwrap();
+    fn sealed_memory_cannot_be_resized_punched_or_mapped_for_writing_again() {
+        let region = Region::with_backing(8192, Backing::Shmem).unwrap();
+        let lease = Lease::whole(Arc::clone(&region));
+        let punch = rustix::fs::FallocateFlags::PUNCH_HOLE | rustix::fs::FallocateFlags::KEEP_SIZE;
+        rustix::fs::fallocate(region.as_fd(), punch, 0, 4096).unwrap();
         region.seal().unwrap();
+        region.seal().expect("a second time changes nothing");
+        region.populate().unwrap();
         let copy = region.as_fd().try_clone_to_owned().unwrap();
         assert!(matches!(
             Region::from_memfd(copy),
             Err(RegionError::Map { .. })
         ));
         assert!(rustix::fs::ftruncate(region.as_fd(), 0).is_err());
+        assert!(rustix::fs::fallocate(region.as_fd(), punch, 0, 4096).is_err());
+        // The mapping made before stays writable.
+        lease.write_at(0, (&b"x"[..]).into());
+    }
+
+    #[test]
+    fn a_guard_outlives_the_last_lease() {
+        let region = Region::with_backing(4096, Backing::Shmem).unwrap();
+        let alive = Arc::new(());
+        region.guard(Box::new(Arc::clone(&alive))).unwrap();
+        assert!(region.guard(Box::new(())).is_err());
+        let lease = Lease::whole(region);
+        assert_eq!(Arc::strong_count(&alive), 2);
+        drop(lease);
+        assert_eq!(Arc::strong_count(&alive), 1);
+    }
+
+    #[test]
+    fn pinned_pages_are_locked() {
+        let locked = |region: &Region| {
+            let maps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+            let start = format!("{:x}-", region.as_ptr() as usize);
+            let ours = maps.split_once(&format!("\n{start}")).unwrap().1;
+            let line = ours
+                .lines()
+                .find(|line| line.starts_with("Locked:"))
+                .unwrap();
+            line.split_whitespace()
+                .nth(1)
+                .unwrap()
+                .parse::<u64>()
+                .unwrap()
+        };
+        let region = Region::with_backing(64 << 10, Backing::Shmem).unwrap();
+        assert_eq!(locked(&region), 0);
+        region.pin().unwrap();
+        assert_eq!(locked(&region), 64);
     }
 }
