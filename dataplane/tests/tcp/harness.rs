@@ -51,6 +51,10 @@ impl Engine {
         Self::start(quick())
     }
 
+    pub(crate) fn patient() -> Self {
+        Self::start(patient())
+    }
+
     /// Opens a session as `id` toward a peer that calls it `theirs`.
     pub(crate) fn open(
         &self,
@@ -86,8 +90,11 @@ impl Engine {
     }
 
     /// Waits for a session to be lost; says which, why, and after how long.
-    pub(crate) fn await_lost(&mut self, limit: Duration) -> (Lost, Duration) {
-        let begin = Instant::now();
+    ///
+    /// Less than half of [`PATIENCE`]: what is lost later was not noticed, but
+    /// ran into the liveness limit.
+    pub(crate) fn await_lost(&mut self) -> (Lost, Duration) {
+        let (begin, limit) = (Instant::now(), PATIENCE / 4);
         while begin.elapsed() < limit {
             if let Ok(lost) = self.lost.try_recv() {
                 return (lost, begin.elapsed());
@@ -108,7 +115,7 @@ impl Engine {
 
 impl Link {
     pub(crate) fn new(streams: u16) -> Self {
-        Self::between(Engine::quick(), Engine::quick(), streams)
+        Self::between(Engine::patient(), Engine::patient(), streams)
     }
 
     pub(crate) fn between(a: Engine, b: Engine, streams: u16) -> Self {
@@ -151,11 +158,23 @@ impl Link {
 /// A configuration for tests that wait for limits.
 pub(crate) fn quick() -> Config {
     Config {
-        liveness: Duration::from_millis(800),
+        liveness: Duration::from_secs(2),
         open_limit: Duration::from_millis(800),
         ..Config::default()
     }
 }
+
+/// A configuration for all others: on a busy machine nothing is lost by it.
+pub(crate) fn patient() -> Config {
+    Config {
+        liveness: PATIENCE,
+        open_limit: PATIENCE,
+        ..Config::default()
+    }
+}
+
+/// More than any machine needs for what a test asks of it.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Opens a session between two engines; each end's id for it.
 pub(crate) fn open_both(a: &Engine, b: &Engine, streams: u16) -> (SessionId, SessionId) {
