@@ -16,6 +16,7 @@ use serde::Serialize;
 use tracing_subscriber::EnvFilter;
 
 use crate::agent::{self, AgentError};
+use crate::bench::{self, BenchArgs, BenchError};
 use crate::client::{Client, ClientError};
 use crate::config::{AgentArgs, Config, ConfigError, default_socket};
 use crate::safetensors::FileError;
@@ -79,6 +80,8 @@ enum Command {
         #[command(flatten)]
         agent: Local,
     },
+    /// Measure what transports carry, beside what this machine can carry
+    Bench(Box<BenchArgs>),
 }
 
 /// How to reach this host's agent.
@@ -107,6 +110,8 @@ enum CommandError {
     Config(#[from] ConfigError),
     #[error(transparent)]
     File(#[from] FileError),
+    #[error(transparent)]
+    Bench(#[from] BenchError),
     #[error("{file}: {source}")]
     Tensor { file: String, source: TensorError },
     #[error("cannot print: {0}")]
@@ -150,7 +155,11 @@ pub fn main() -> ExitCode {
         }
         Err(error) => {
             eprintln!("genie: {error}");
-            let usage = matches!(error, CommandError::Config(_));
+            let usage = match &error {
+                CommandError::Config(_) => true,
+                CommandError::Bench(error) => error.is_usage(),
+                _ => false,
+            };
             ExitCode::from(if usage { 2 } else { 1 })
         }
     }
@@ -183,6 +192,7 @@ fn run(command: Command, json: bool) -> Result<(), CommandError> {
             let status = agent.connect()?.status()?;
             print(json, &status, || show::status(&status))
         }
+        Command::Bench(args) => Ok(bench::run(*args, json)?),
     }
 }
 

@@ -12,6 +12,7 @@
 
 pub mod agent;
 pub mod application;
+pub mod bench;
 pub mod cli;
 pub mod client;
 pub mod config;

@@ -1,0 +1,190 @@
+//! Bare sockets: what kernel TCP carries with the same memory and nothing else.
+//!
+//! One connection, one thread at each end, blocking calls of 256 KiB. The
+//! receiver answers each block with one byte, or with the block. With CRC32C,
+//! each piece is followed by its own, which the receiver compares.
+
+use std::io::{Read, Write};
+use std::net::{IpAddr, TcpListener, TcpStream};
+use std::time::{Duration, Instant};
+
+use crate::bench::BenchError;
+use crate::bench::channel::wait_readable;
+use crate::bench::measure::{Carrier, Slot};
+use crate::bench::pool::{Layout, Pool};
+
+/// Bytes of a read or write; what Genie's TCP engine uses.
+const PIECE: usize = genie_dataplane::tcp::frame::CHUNK_MAX as usize;
+
+/// How long either end waits for the other.
+const LIMIT: Duration = Duration::from_secs(30);
+
+/// What a block is answered with.
+const ARRIVED: u8 = 1;
+const DAMAGED: u8 = 2;
+
+/// The sending end.
+#[derive(Debug)]
+pub struct BareTcp {
+    stream: TcpStream,
+    source: Source,
+    layout: Layout,
+    crc: bool,
+    echo: bool,
+    begun: u64,
+    waiting: std::collections::VecDeque<Slot>,
+}
+
+/// Ordinary memory of a row: what `read` and `write` take.
+#[derive(Debug)]
+struct Source {
+    bytes: Vec<u8>,
+}
+
+impl Source {
+    fn new(pool: &Pool, layout: &Layout) -> Result<Self, BenchError> {
+        let mut bytes = vec![0; layout.bytes() as usize];
+        // Pages that are there, with what the pool has in them.
+        for number in 0..layout.count {
+            let at = layout.offset(number) as usize;
+            let into = &mut bytes[at..at + layout.block_size as usize];
+            pool.block(layout, number)?.read_at(0, into);
+        }
+        Ok(Self { bytes })
+    }
+
+    fn block(&mut self, layout: &Layout, number: u64) -> &mut [u8] {
+        let at = layout.offset(number) as usize;
+        &mut self.bytes[at..at + layout.block_size as usize]
+    }
+}
+
+/// Accepts one connection in a thread of its own and receives what comes;
+/// returns the port.
+pub fn serve_once(
+    ip: IpAddr,
+    pool: Pool,
+    layout: Layout,
+    crc: bool,
+    echo: bool,
+) -> Result<u16, BenchError> {
+    let listener = TcpListener::bind((ip, 0)).map_err(BenchError::Channel)?;
+    let port = listener.local_addr().map_err(BenchError::Channel)?.port();
+    let mut into = Source::new(&pool, &layout)?;
+    std::thread::spawn(move || {
+        // The other end sees the connection end and says so.
+        let Ok((mut stream, _)) = listener.accept() else {
+            return;
+        };
+        let _ = stream.set_nodelay(true);
+        let mut number = 0;
+        while let Ok(intact) = read_block(&mut stream, into.block(&layout, number), crc) {
+            let answer = if echo {
+                write_block(&mut stream, into.block(&layout, number), false)
+            } else {
+                stream.write_all(&[if intact { ARRIVED } else { DAMAGED }])
+            };
+            if answer.is_err() {
+                return;
+            }
+            number += 1;
+        }
+    });
+    Ok(port)
+}
+
+impl BareTcp {
+    /// Connects to a peer that serves the same row.
+    pub fn connect(
+        to: (IpAddr, u16),
+        pool: &Pool,
+        layout: Layout,
+        crc: bool,
+        echo: bool,
+    ) -> Result<Self, BenchError> {
+        let stream = TcpStream::connect_timeout(&to.into(), LIMIT).map_err(BenchError::Channel)?;
+        stream.set_nodelay(true).map_err(BenchError::Channel)?;
+        stream
+            .set_read_timeout(Some(LIMIT))
+            .map_err(BenchError::Channel)?;
+        stream
+            .set_write_timeout(Some(LIMIT))
+            .map_err(BenchError::Channel)?;
+        let source = Source::new(pool, &layout)?;
+        Ok(Self {
+            stream,
+            source,
+            layout,
+            crc,
+            echo,
+            begun: 0,
+            waiting: Default::default(),
+        })
+    }
+}
+
+impl Carrier for BareTcp {
+    fn begin(&mut self, slot: Slot) -> Result<(), BenchError> {
+        let block = self.source.block(&self.layout, self.begun);
+        write_block(&mut self.stream, block, self.crc).map_err(BenchError::Channel)?;
+        self.begun += 1;
+        self.waiting.push_back(slot);
+        Ok(())
+    }
+
+    fn complete(&mut self, until: Option<Instant>, done: &mut Vec<Slot>) -> Result<(), BenchError> {
+        if let Some(until) = until {
+            use std::os::fd::AsFd;
+            let left = until.saturating_duration_since(Instant::now());
+            wait_readable(&[self.stream.as_fd()], Some(left));
+            if Instant::now() >= until {
+                return Ok(());
+            }
+        }
+        if self.echo {
+            let number = self.begun - self.waiting.len() as u64;
+            let block = self.source.block(&self.layout, number);
+            read_block(&mut self.stream, block, false).map_err(BenchError::Channel)?;
+            done.extend(self.waiting.pop_front());
+            return Ok(());
+        }
+        let mut answers = [0; 64];
+        let room = self.waiting.len().min(answers.len());
+        let len = self
+            .stream
+            .read(&mut answers[..room])
+            .map_err(BenchError::Channel)?;
+        if len == 0 {
+            return Err(BenchError::PeerGone);
+        }
+        if answers[..len].contains(&DAMAGED) {
+            let block = self.begun - self.waiting.len() as u64;
+            return Err(BenchError::Inconsistent { block });
+        }
+        done.extend(self.waiting.drain(..len));
+        Ok(())
+    }
+}
+
+fn write_block(stream: &mut TcpStream, block: &[u8], crc: bool) -> std::io::Result<()> {
+    for piece in block.chunks(PIECE) {
+        if crc {
+            stream.write_all(&crc32c::crc32c(piece).to_ne_bytes())?;
+        }
+        stream.write_all(piece)?;
+    }
+    Ok(())
+}
+
+fn read_block(stream: &mut TcpStream, block: &mut [u8], crc: bool) -> std::io::Result<bool> {
+    let mut intact = true;
+    for piece in block.chunks_mut(PIECE) {
+        let mut expected = [0; 4];
+        if crc {
+            stream.read_exact(&mut expected)?;
+        }
+        stream.read_exact(piece)?;
+        intact &= !crc || crc32c::crc32c(piece) == u32::from_ne_bytes(expected);
+    }
+    Ok(intact)
+}

@@ -1,0 +1,127 @@
+//! What the two processes of a benchmark say to each other.
+
+use genie_dataplane::ledger::Copies;
+use genie_dataplane::{SessionId, TransferId};
+use serde::{Deserialize, Serialize};
+
+use super::baseline::raw::{Received, Use};
+use super::carriers::Kind;
+use super::pool::{Layout, Memory};
+use crate::transport::Local;
+
+/// What the measuring process asks; answered by one [`Reply`] each, in order.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub enum Request {
+    /// First of all: the version of this protocol and of Genie.
+    Hello(String),
+    /// Take memory for all rows to come.
+    Memory {
+        /// How much.
+        bytes: u64,
+        /// Of which kind.
+        memory: Memory,
+    },
+    /// Start an engine; [`Reply::Started`].
+    Start {
+        /// Which.
+        kind: Kind,
+        /// The device, where the measuring process decides.
+        device: Option<String>,
+        /// Connections.
+        streams: u16,
+    },
+    /// Open a session with the measuring process's engine.
+    Open {
+        /// Where that is; its TCP port is the one to dial.
+        local: Local,
+        /// What it calls the session.
+        session: SessionId,
+        /// What proves data connections.
+        token: [u8; 16],
+    },
+    /// Post receives for a row; [`Reply::Grants`], and more of those unasked
+    /// until the row ends.
+    Begin {
+        /// Where blocks lie.
+        layout: Layout,
+        /// Blocks in flight at a time.
+        batch: usize,
+        /// Send each block back.
+        echo: bool,
+    },
+    /// Receives that the measuring process has posted, for an echo. Not answered.
+    Grants(Vec<TransferId>),
+    /// The row is over after so many blocks: check them, post no more.
+    End {
+        /// How many blocks were sent.
+        blocks: u64,
+        /// How much to compare from either end.
+        bytes_max: u64,
+    },
+    /// Stop the engine.
+    Stop,
+    /// What was used so far; [`Reply::Used`].
+    Usage,
+    /// Accept a bare connection; [`Reply::Port`].
+    BareTcp {
+        /// Where blocks lie.
+        layout: Layout,
+        /// Whether each block is followed by its CRC32C.
+        crc: bool,
+        /// Whether to send each block back.
+        echo: bool,
+    },
+    /// Start `iperf3 --server --one-off`; [`Reply::Port`].
+    Iperf3,
+    /// Receive bare frames; [`Reply::Ready`], and [`Reply::Frames`] at the end.
+    RawDevice {
+        /// The pair's socket.
+        device: String,
+        /// Length of a frame.
+        frame_bytes: usize,
+        /// What to do with each.
+        what: Use,
+        /// How long.
+        seconds: f64,
+    },
+    /// The end.
+    Bye,
+}
+
+/// What the other process answers.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub enum Reply {
+    /// As asked.
+    Done,
+    /// It cannot, and why.
+    Failed(String),
+    /// An engine runs there.
+    Started(Local, SessionId),
+    /// Receives are posted under these ids, in this order.
+    Grants(Vec<TransferId>),
+    /// A row is over: blocks that were compared.
+    Checked(u64),
+    /// Where to connect.
+    Port(u16),
+    /// See [`Usage`].
+    Used(Usage),
+    /// Frames are awaited.
+    Ready,
+    /// What became of bare frames.
+    Frames(Received),
+}
+
+/// What one process used since it started.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Usage {
+    /// Which process: both ends may be one.
+    pub process: u32,
+    /// CPU seconds, user and kernel.
+    pub cpu_seconds: f64,
+    /// Copies of the transfers that succeeded.
+    pub copies: Copies,
+    /// Bytes of them.
+    pub bytes: u64,
+    /// Segments sent again.
+    pub retransmits: u64,
+}

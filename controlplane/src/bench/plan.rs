@@ -1,0 +1,396 @@
+//! What to measure: the command line, and the rows that follow from it.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args, ValueEnum};
+
+use super::BenchError;
+use super::baseline::{self, Baseline};
+use super::carriers::Kind;
+use super::pool::Memory;
+use crate::units::{parse_bytes, parse_duration};
+
+/// What is done with blocks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Op {
+    /// From here to the other process
+    Send,
+    /// There and back, one at a time
+    Pingpong,
+    /// One-sided, from the other process's memory
+    Read,
+    /// One-sided, into the other process's memory
+    Write,
+}
+
+/// Whether tensors are checked end to end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Digest {
+    /// Every byte under CRC32C
+    On,
+    /// Not at all
+    Off,
+}
+
+/// The arguments of `genie bench`.
+#[derive(Args, Clone, Debug)]
+pub struct BenchArgs {
+    /// Where the other end is.
+    #[command(flatten)]
+    pub place: Place,
+    /// What carries blocks, compared: dpdk, tcp, mem (default: all that work)
+    #[arg(long, value_delimiter = ',', value_name = "LIST")]
+    pub transport: Vec<Kind>,
+    /// What is done with blocks (default: send, and pingpong of the smallest)
+    #[arg(long, value_delimiter = ',', value_name = "LIST")]
+    pub op: Vec<Op>,
+    /// Sizes: 4k,1m or a sweep by factors of four, 64:1g
+    #[arg(long, value_name = "SIZES")]
+    pub block_size: Option<String>,
+    /// Blocks in flight
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=256))]
+    pub batch_size: u16,
+    /// Connections of the TCP path
+    #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u16).range(1..=16))]
+    pub streams: u16,
+    /// Measuring threads
+    #[arg(long, default_value_t = 1)]
+    pub threads: u16,
+    /// Where blocks lie
+    #[arg(long, value_enum, default_value_t)]
+    pub memory: Memory,
+    /// Buffers larger than the cache, used in turn
+    #[arg(long, conflicts_with = "hot")]
+    pub cold: bool,
+    /// A few buffers used again and again
+    #[arg(long)]
+    pub hot: bool,
+    /// How long each repeat of a row sends
+    #[arg(long, value_parser = parse_duration, value_name = "TIME")]
+    pub duration: Option<Duration>,
+    /// How long each row sends before its repeats
+    #[arg(long, value_parser = parse_duration, value_name = "TIME")]
+    pub warmup: Option<Duration>,
+    /// Repeats of each row
+    #[arg(long, value_parser = clap::value_parser!(u16).range(1..=1000))]
+    pub repeats: Option<u16>,
+    /// Blocks begun each second; latency then counts from when each was due
+    #[arg(long, value_name = "PER_SECOND")]
+    pub rate: Option<f64>,
+    /// End-to-end check of every byte
+    #[arg(long, value_enum, default_value = "on")]
+    pub digest: Digest,
+    /// Compare every byte that arrived, not 64 MiB of each row
+    #[arg(long)]
+    pub check_consistency: bool,
+    /// What to measure beside Genie (default: all that are there)
+    #[arg(long, value_delimiter = ',', value_name = "LIST")]
+    pub baseline: Vec<Baseline>,
+    /// This end's device, for --peer and --serve: pci:…, vdev:… or pair:…
+    #[arg(long, value_name = "SPEC")]
+    pub dpdk_device: Option<String>,
+    /// Kernel TCP's congestion controls to run iperf3 with (default: the kernel's own)
+    #[arg(long, value_delimiter = ',', value_name = "LIST")]
+    pub congestion: Vec<String>,
+    /// With --serve: end after one benchmark
+    #[arg(long, requires = "serve")]
+    pub once: bool,
+    /// Less of everything: under a minute
+    #[arg(long)]
+    pub quick: bool,
+    /// Also write the rows to a file, as comma-separated values
+    #[arg(long, value_name = "FILE")]
+    pub csv: Option<PathBuf>,
+}
+
+/// Where the other end is: one of these.
+#[derive(Args, Clone, Debug)]
+#[group(required = true, multiple = false)]
+pub struct Place {
+    /// Start the other process on this host
+    #[arg(long)]
+    pub spawn: bool,
+    /// Both ends in this process
+    #[arg(long)]
+    pub in_process: bool,
+    /// A process that runs `genie bench --serve`
+    #[arg(long, value_name = "ADDR")]
+    pub peer: Option<SocketAddr>,
+    /// Be the other process, for one benchmark after another
+    #[arg(long, value_name = "ADDR")]
+    pub serve: Option<SocketAddr>,
+    /// Two hosts with a bad wire between them, made here (root; see scripts/netns)
+    #[arg(long, value_name = "PROFILE")]
+    pub lab: Option<String>,
+}
+
+/// What follows from the arguments.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    /// What carries blocks, in this order.
+    pub kinds: Vec<Kind>,
+    /// Whether they were asked for: then one that does not work is a failure.
+    pub kinds_asked: bool,
+    /// The rows of each.
+    pub rows: Vec<PlannedRow>,
+    /// The baselines.
+    pub baselines: Vec<Baseline>,
+    /// Whether they were asked for.
+    pub baselines_asked: bool,
+    /// Connections.
+    pub streams: u16,
+    /// Where blocks lie.
+    pub memory: Memory,
+    /// How long a repeat sends.
+    pub duration: Duration,
+    /// How long before the first.
+    pub warmup: Duration,
+    /// Repeats.
+    pub repeats: usize,
+    /// Blocks a second.
+    pub rate: Option<f64>,
+    /// Bytes to compare from either end of a row.
+    pub check_bytes: u64,
+}
+
+/// One row of each carrier.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PlannedRow {
+    /// What is done.
+    pub op: Op,
+    /// With how large blocks.
+    pub block_size: u64,
+    /// How many at a time.
+    pub batch_size: usize,
+    /// Whether with cold buffers.
+    pub cold: bool,
+}
+
+impl BenchArgs {
+    /// Decides what to measure.
+    pub fn plan(&self) -> Result<Plan, BenchError> {
+        self.refuse_unbuilt()?;
+        let sizes = match (&self.block_size, self.quick) {
+            (Some(text), _) => parse_sizes(text)?,
+            (None, true) => vec![64, 64 << 10, 16 << 20],
+            (None, false) => vec![64, 4 << 10, 64 << 10, 1 << 20, 16 << 20, 256 << 20],
+        };
+        let in_process = [Kind::Dpdk, Kind::Tcp, Kind::Mem];
+        let apart = [Kind::Dpdk, Kind::Tcp];
+        let kinds = match (self.transport.is_empty(), self.place.in_process) {
+            (false, _) => self.transport.clone(),
+            // One process brings one end of a pair up.
+            (true, true) => in_process[1..].to_vec(),
+            (true, false) => apart.to_vec(),
+        };
+        let baselines = match self.baseline.as_slice() {
+            [] => baseline::ALL.to_vec(),
+            some => some
+                .iter()
+                .copied()
+                .filter(|one| *one != Baseline::None)
+                .collect(),
+        };
+        let short =
+            |quick: u64, full: u64| Duration::from_millis(if self.quick { quick } else { full });
+        Ok(Plan {
+            kinds,
+            kinds_asked: !self.transport.is_empty(),
+            rows: self.rows(&sizes),
+            baselines,
+            baselines_asked: !self.baseline.is_empty(),
+            streams: self.streams,
+            memory: self.memory,
+            duration: self.duration.unwrap_or(short(400, 1000)),
+            warmup: self.warmup.unwrap_or(short(150, 500)),
+            repeats: self
+                .repeats
+                .map_or(if self.quick { 3 } else { 5 }, usize::from),
+            rate: self.rate,
+            check_bytes: if self.check_consistency {
+                u64::MAX / 2
+            } else {
+                32 << 20
+            },
+        })
+    }
+
+    fn rows(&self, sizes: &[u64]) -> Vec<PlannedRow> {
+        let ops = if self.op.is_empty() {
+            &[Op::Send, Op::Pingpong][..]
+        } else {
+            &self.op
+        };
+        let memory: &[bool] = match (self.cold, self.hot) {
+            (true, _) => &[true],
+            (_, true) => &[false],
+            // Cold is what a transfer of a model is; hot is what others quote.
+            _ if self.quick => &[true],
+            _ => &[true, false],
+        };
+        let mut rows = Vec::new();
+        for op in ops {
+            for (index, block_size) in sizes.iter().enumerate() {
+                let by_default = self.op.is_empty();
+                if *op == Op::Pingpong {
+                    // A ping-pong of large blocks measures what send does.
+                    if !by_default || index == 0 {
+                        rows.push(PlannedRow {
+                            op: *op,
+                            block_size: *block_size,
+                            batch_size: 1,
+                            cold: false,
+                        });
+                    }
+                    continue;
+                }
+                for cold in memory {
+                    rows.push(PlannedRow {
+                        op: *op,
+                        block_size: *block_size,
+                        batch_size: self.batch_size.into(),
+                        cold: *cold,
+                    });
+                }
+            }
+        }
+        rows
+    }
+
+    fn refuse_unbuilt(&self) -> Result<(), BenchError> {
+        if self.op.contains(&Op::Read) {
+            return Err(BenchError::NotBuilt(
+                "--op read: there is no one-sided read yet, a transfer is sent to who asked for it",
+            ));
+        }
+        if self.op.contains(&Op::Write) {
+            return Err(BenchError::NotBuilt(
+                "--op write: there is no one-sided write apart from send, which writes into granted memory",
+            ));
+        }
+        if self.digest == Digest::Off {
+            return Err(BenchError::NotBuilt(
+                "--digest off: Genie checks every byte, it has no mode without",
+            ));
+        }
+        if self.threads != 1 {
+            return Err(BenchError::NotBuilt(
+                "--threads: one thread drives one engine; try --streams or --batch-size",
+            ));
+        }
+        if self
+            .rate
+            .is_some_and(|rate| !(rate.is_finite() && rate > 0.0))
+        {
+            return Err(BenchError::Usage("--rate: write a number above 0".into()));
+        }
+        if self.transport.contains(&Kind::Mem) && !self.place.in_process {
+            return Err(BenchError::Usage(
+                "--transport mem needs --in-process".into(),
+            ));
+        }
+        Ok(())
+    }
+}
+
+/// Sizes with commas between; `FROM:TO` stands for a sweep by factors of four.
+fn parse_sizes(text: &str) -> Result<Vec<u64>, BenchError> {
+    let one = |word: &str| {
+        // A bare k, m or g is the same as its capital.
+        let word = word.trim();
+        let word = if word.ends_with(['k', 'm', 'g', 't']) {
+            word.to_uppercase()
+        } else {
+            word.into()
+        };
+        match parse_bytes(&word) {
+            Ok(0) => Err(BenchError::Usage(
+                "--block-size: a block has at least one byte".into(),
+            )),
+            Ok(bytes) if bytes > 1 << 36 => Err(BenchError::TooLarge(bytes)),
+            Ok(bytes) => Ok(bytes),
+            Err(error) => Err(BenchError::Usage(format!("--block-size: {error}"))),
+        }
+    };
+    let mut sizes = Vec::new();
+    for word in text.split(',') {
+        let Some((from, to)) = word.split_once(':') else {
+            sizes.push(one(word)?);
+            continue;
+        };
+        let (mut size, to) = (one(from)?, one(to)?);
+        if size > to {
+            return Err(BenchError::Usage(format!(
+                "--block-size: {word} is the wrong way round"
+            )));
+        }
+        while size < to {
+            sizes.push(size);
+            size *= 4;
+        }
+        sizes.push(to);
+    }
+    Ok(sizes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::Parser;
+
+    #[derive(Parser)]
+    struct Line {
+        #[command(flatten)]
+        bench: BenchArgs,
+    }
+
+    fn plan(line: &str) -> Result<Plan, String> {
+        let line = Line::try_parse_from(["bench"].into_iter().chain(line.split(' ')));
+        line.map_err(|error| error.to_string())?
+            .bench
+            .plan()
+            .map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn sizes_and_sweeps() {
+        assert_eq!(parse_sizes("4k,1MiB").unwrap(), [4096, 1 << 20]);
+        assert_eq!(parse_sizes("64:1k").unwrap(), [64, 256, 1024]);
+        assert_eq!(parse_sizes("64:2k").unwrap(), [64, 256, 1024, 2048]);
+        for bad in ["", "0", "1k:64", "x", "1:", "1t"] {
+            assert!(parse_sizes(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn what_is_not_built_is_refused_and_says_why() {
+        for (line, word) in [
+            ("--spawn --op read", "one-sided"),
+            ("--spawn --op write", "one-sided"),
+            ("--spawn --digest off", "checks every byte"),
+            ("--spawn --threads 4", "one thread"),
+            ("--spawn --transport mem", "--in-process"),
+            ("--spawn --rate 0", "above 0"),
+            ("--spawn --in-process", "cannot be used with"),
+            ("--quick", "required"),
+        ] {
+            let refused = plan(line).expect_err(line);
+            assert!(refused.contains(word), "{line}: {refused}");
+        }
+    }
+
+    #[test]
+    fn the_default_is_a_sweep_and_one_pingpong() {
+        let plan = plan("--spawn").unwrap();
+        assert_eq!(plan.kinds, [Kind::Dpdk, Kind::Tcp]);
+        let pingpongs = plan.rows.iter().filter(|row| row.op == Op::Pingpong);
+        assert_eq!(
+            pingpongs.map(|row| row.block_size).collect::<Vec<_>>(),
+            [64]
+        );
+        assert_eq!(plan.rows.len(), 13);
+        assert!(plan.rows.iter().any(|row| row.cold) && plan.rows.iter().any(|row| !row.cold));
+    }
+}

@@ -1,0 +1,218 @@
+//! The memory that blocks come from and go to, and what is in it.
+//!
+//! Both ends of a row use buffers in the same turn: block `n` is in buffer
+//! `n % count` at either end. So what must have arrived is known without
+//! asking: the pattern of the row at that place.
+
+use std::sync::Arc;
+
+use genie_dataplane::memory::{Backing, Lease, Region, View};
+use serde::{Deserialize, Serialize};
+
+use super::BenchError;
+
+/// Buffers start on cache lines.
+const ALIGN: u64 = 64;
+
+/// Bytes filled or compared at a time.
+const PIECE: usize = 1 << 16;
+
+/// Buffers of a hot row together, unless the batch needs more: they stay in a
+/// second-level cache.
+const HOT_BYTES: u64 = 1 << 20;
+
+/// Receives posted ahead, at the most: half of what an endpoint has outstanding.
+const POSTED_MAX: u64 = 1024;
+
+/// Where the blocks of one row lie.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Layout {
+    /// Bytes of a block.
+    pub block_size: u64,
+    /// Buffers, used in turn.
+    pub count: u64,
+    /// Receives posted ahead.
+    pub posted: u64,
+    /// Tells this row's pattern from any other's.
+    pub salt: u64,
+}
+
+/// Where memory comes from.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Memory {
+    /// Huge pages where there are enough, else ordinary ones.
+    #[default]
+    Auto,
+    /// Huge pages of 2 MiB only.
+    Hugepages,
+    /// Ordinary pages.
+    Pages,
+}
+
+/// One end's memory for all rows.
+#[derive(Clone, Debug)]
+pub struct Pool {
+    whole: Lease,
+}
+
+impl Layout {
+    /// Lays out a row: as many buffers as fit `cold_bytes`, or a few.
+    pub fn new(block_size: u64, batch_size: usize, cold_bytes: Option<u64>, salt: u64) -> Self {
+        let least = 2 * batch_size as u64;
+        let stride = block_size.next_multiple_of(ALIGN).max(ALIGN);
+        let hot = (HOT_BYTES / stride).min(POSTED_MAX);
+        let count = cold_bytes.map_or(hot, |bytes| bytes / stride).max(least);
+        Self {
+            block_size,
+            count,
+            posted: count.min(POSTED_MAX).max(least),
+            salt,
+        }
+    }
+
+    /// Bytes the row needs at each end.
+    pub fn bytes(&self) -> u64 {
+        self.stride() * self.count
+    }
+
+    /// Where block number `number` begins.
+    pub fn offset(&self, number: u64) -> u64 {
+        number % self.count * self.stride()
+    }
+
+    fn stride(&self) -> u64 {
+        self.block_size.next_multiple_of(ALIGN).max(ALIGN)
+    }
+}
+
+impl Pool {
+    /// Takes memory, all pages of it present.
+    pub fn new(bytes: u64, memory: Memory) -> Result<Self, BenchError> {
+        let len = usize::try_from(bytes.max(1)).map_err(|_| BenchError::TooLarge(bytes))?;
+        let region: Arc<Region> = match memory {
+            Memory::Auto => Region::allocate(len)?.0,
+            Memory::Hugepages => Region::with_backing(len, Backing::HUGE_2M)?,
+            Memory::Pages => Region::with_backing(len, Backing::Shmem)?,
+        };
+        Ok(Self {
+            whole: Lease::whole(region),
+        })
+    }
+
+    /// What the pages are, as a row says it.
+    pub fn pages(&self) -> &'static str {
+        match self.whole.region().backing() {
+            Backing::Shmem => "pages",
+            Backing::HugeTlb { .. } => "hugepages",
+        }
+    }
+
+    /// Length in bytes.
+    pub fn len(&self) -> u64 {
+        self.whole.len() as u64
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.whole.is_empty()
+    }
+
+    /// Block number `number` of a row.
+    pub fn block(&self, layout: &Layout, number: u64) -> Result<Lease, BenchError> {
+        let start = layout.offset(number);
+        let outside = |_| BenchError::TooLarge(layout.bytes());
+        self.whole
+            .slice(start..start + layout.block_size)
+            .map_err(outside)
+    }
+
+    /// Writes the row's pattern into all its buffers.
+    pub fn fill(&self, layout: &Layout) {
+        let mut piece = vec![0; PIECE];
+        let end = layout.bytes().min(self.len());
+        for start in (0..end).step_by(PIECE) {
+            let len = (PIECE as u64).min(end - start) as usize;
+            pattern(layout.salt, start, &mut piece[..len]);
+            self.whole
+                .write_at(start as usize, View::from(&piece[..len]));
+        }
+    }
+
+    /// Compares the first `blocks` of a row with its pattern, up to `bytes_max`
+    /// from either end of them; returns how many were looked at, or which is wrong.
+    pub fn check(&self, layout: &Layout, blocks: u64, bytes_max: u64) -> Result<u64, BenchError> {
+        let count = blocks.min(layout.count);
+        let few = (bytes_max / layout.block_size.max(1)).max(1);
+        let (mut is, mut should) = (vec![0; PIECE], vec![0; PIECE]);
+        let mut checked = 0;
+        for number in
+            (0..count).filter(|number| *number < few || *number >= count.saturating_sub(few))
+        {
+            let (start, end) = (
+                layout.offset(number),
+                layout.offset(number) + layout.block_size,
+            );
+            for at in (start..end).step_by(PIECE) {
+                let len = (PIECE as u64).min(end - at) as usize;
+                self.whole.read_at(at as usize, &mut is[..len]);
+                pattern(layout.salt, at, &mut should[..len]);
+                if is[..len] != should[..len] {
+                    return Err(BenchError::Inconsistent { block: number });
+                }
+            }
+            checked += 1;
+        }
+        Ok(checked)
+    }
+}
+
+/// The bytes at `offset`, a multiple of 8, of the pattern of `salt`.
+fn pattern(salt: u64, offset: u64, into: &mut [u8]) {
+    for (index, word) in into.chunks_mut(8).enumerate() {
+        // SplitMix64 (Steele, Lea, Flood): each word depends on its place only.
+        let mut mixed = (offset / 8 + index as u64).wrapping_add(salt << 40);
+        mixed = mixed.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        mixed ^= mixed >> 27;
+        word.copy_from_slice(&mixed.to_le_bytes()[..word.len()]);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_row_has_room_for_twice_its_batch_and_cold_for_more() {
+        let hot = Layout::new(64, 1, None, 1);
+        assert_eq!((hot.count, hot.posted), (1024, 1024));
+        let large = Layout::new(1 << 30, 2, None, 1);
+        assert_eq!((large.count, large.posted, large.bytes()), (4, 4, 4 << 30));
+        let cold = Layout::new(1 << 20, 4, Some(1 << 30), 1);
+        assert_eq!((cold.count, cold.posted), (1024, 1024));
+        assert_eq!(cold.offset(1025), 1 << 20);
+    }
+
+    #[test]
+    fn one_wrong_byte_is_found_and_another_rows_pattern_is_wrong() {
+        let layout = Layout::new(1000, 2, None, 1);
+        let pool = Pool::new(layout.bytes(), Memory::Pages).unwrap();
+        pool.fill(&layout);
+        assert_eq!(pool.check(&layout, 100, u64::MAX).unwrap(), 100);
+        assert!(
+            pool.check(&Layout { salt: 2, ..layout }, 1, u64::MAX)
+                .is_err()
+        );
+        let block = pool.block(&layout, 57).unwrap();
+        let mut byte = [0];
+        block.read_at(999, &mut byte);
+        block.write_at(999, View::from(&[byte[0] ^ 1][..]));
+        let found = pool.check(&layout, 100, u64::MAX);
+        assert!(
+            matches!(found, Err(BenchError::Inconsistent { block: 57 })),
+            "{found:?}"
+        );
+        assert_eq!(pool.check(&layout, 57, u64::MAX).unwrap(), 57);
+    }
+}

@@ -1,0 +1,442 @@
+//! One row after another, and the baselines beside them.
+
+use std::io::Write;
+use std::time::Duration;
+
+use genie_dataplane::device::pair::{Options, pair};
+use indicatif::{ProgressBar, ProgressStyle};
+
+use super::carriers::{Kind, Node};
+use super::environment::{self, Watch, cpu_time};
+use super::figures::{account, figures};
+use super::genie::{Session, ask, expect_done, unexpected};
+use super::measure::{self, Workload};
+use super::message::{Reply, Request, Usage};
+use super::other::Other;
+use super::peer::{self, VERSION};
+use super::plan::{BenchArgs, Op, Plan, PlannedRow};
+use super::pool::{Layout, Pool};
+use super::report::{NotMeasured, Report, Row, SCHEMA};
+use super::{BenchError, lab, table};
+
+mod baselines;
+
+/// Above this share of all processors' time, others were in the way.
+const BUSY_OTHERS_MAX: f64 = 0.05;
+
+/// Above this half width of the interval over the median, a figure is noisy.
+const INTERVAL_MAX: f64 = 0.1;
+
+/// Bytes of a bare frame: what the engine sends on a port of MTU 9000.
+const FRAME_BYTES: usize = 9000;
+
+/// Runs the command.
+pub fn run(args: BenchArgs, json: bool) -> Result<(), BenchError> {
+    if let Some(listen) = args.place.serve {
+        return peer::serve(listen, args.dpdk_device, args.once);
+    }
+    let plan = args.plan()?;
+    if let Some(profile) = &args.place.lab {
+        return lab::run(profile, &args, json);
+    }
+    let report = Bench::new(&args, plan).measure();
+    print(&report, json, args.csv.as_deref())?;
+    let rows = || report.rows.iter().chain(&report.baselines);
+    match report.first_failure() {
+        None => Ok(()),
+        Some(row) => Err(BenchError::Rows {
+            failed: rows().filter(|row| row.error.is_some()).count(),
+            all: rows().count(),
+            first: format!("{}: {}", row.name, row.error.as_deref().unwrap_or_default()),
+        }),
+    }
+}
+
+/// Prints a report and writes its values to a file, if one is named.
+pub fn print(report: &Report, json: bool, csv: Option<&std::path::Path>) -> Result<(), BenchError> {
+    if let Some(path) = csv {
+        std::fs::write(path, table::csv(report)).map_err(BenchError::Write)?;
+    }
+    let text = if json {
+        serde_json::to_string_pretty(report).map_err(|error| BenchError::Write(error.into()))?
+            + "\n"
+    } else {
+        table::show(report)
+    };
+    let mut stdout = std::io::stdout().lock();
+    stdout
+        .write_all(text.as_bytes())
+        .and_then(|()| stdout.flush())
+        .map_err(BenchError::Write)
+}
+
+struct Bench<'a> {
+    args: &'a BenchArgs,
+    plan: Plan,
+    /// Bytes of a cold row's buffers at each end.
+    cold_bytes: u64,
+    /// Counts rows: each has a pattern of its own.
+    salt: u64,
+    report: Report,
+    progress: ProgressBar,
+    /// Of the other process, as far as it was asked.
+    their_cpu: f64,
+}
+
+impl<'a> Bench<'a> {
+    fn new(args: &'a BenchArgs, plan: Plan) -> Self {
+        let environment = environment::survey();
+        // Twice the cache, and both ends' memory and the baselines' within a quarter.
+        let cache = environment.cache_bytes.unwrap_or(32 << 20);
+        let cold_bytes = (2 * cache)
+            .max(64 << 20)
+            .min((environment.memory_bytes / 16).max(64 << 20));
+        let style = ProgressStyle::with_template("{elapsed:>4} {bar:30} {pos}/{len} {msg}")
+            .unwrap_or_else(|_| ProgressStyle::default_bar());
+        let rows = (plan.rows.len() * plan.kinds.len() + plan.baselines.len()) as u64;
+        let report = Report {
+            schema: SCHEMA,
+            command: std::env::args().collect::<Vec<_>>().join(" "),
+            date: environment::date(),
+            environment,
+            rows: Vec::new(),
+            baselines: Vec::new(),
+            not_measured: Vec::new(),
+            notes: Vec::new(),
+            wire: None,
+        };
+        let progress = ProgressBar::new(rows).with_style(style);
+        Self {
+            args,
+            plan,
+            cold_bytes,
+            salt: 0,
+            report,
+            progress,
+            their_cpu: 0.0,
+        }
+    }
+
+    fn measure(mut self) -> Report {
+        let watch = Watch::start();
+        for kind in self.plan.kinds.clone() {
+            self.measure_kind(kind);
+        }
+        for baseline in self.plan.baselines.clone() {
+            self.progress
+                .set_message(format!("{baseline:?}").to_lowercase());
+            if let Err(error) = self.measure_baseline(baseline) {
+                let name = format!("{baseline:?}").to_lowercase();
+                self.miss(&name, self.plan.baselines_asked, "none", &error);
+            }
+            self.progress.inc(1);
+        }
+        self.progress.finish_and_clear();
+        let ours = cpu_time() + Duration::from_secs_f64(self.their_cpu);
+        watch.finish(ours, &mut self.report.environment);
+        self.add_notes();
+        self.report
+    }
+
+    /// Something that was asked for and failed is a row; what was only usual is a reason.
+    fn miss(&mut self, name: &str, asked: bool, transport: &str, error: &BenchError) {
+        let (name, reason) = (name.to_owned(), error.to_string());
+        if asked {
+            let transport = transport.to_owned();
+            let row = Row {
+                name,
+                transport,
+                error: Some(reason),
+                ..Row::default()
+            };
+            self.report.rows.push(row);
+        } else {
+            self.report.not_measured.push(NotMeasured { name, reason });
+        }
+    }
+
+    fn measure_kind(&mut self, kind: Kind) {
+        let rows = self.plan.rows.clone();
+        let mut open: Option<(Other, Session, Pool)> = None;
+        let mut failures = 0;
+        for (index, row) in rows.iter().enumerate() {
+            self.progress.set_message(name_of(kind, row));
+            self.progress.inc(1);
+            let ready = match open.take() {
+                Some(ready) => Ok(ready),
+                None => self.open(kind, &rows),
+            };
+            let (mut other, mut session, pool) = match ready {
+                Ok(ready) => ready,
+                Err(error) => {
+                    self.miss(
+                        &kind.to_string(),
+                        self.plan.kinds_asked,
+                        &kind.to_string(),
+                        &error,
+                    );
+                    self.progress.inc((rows.len() - index - 1) as u64);
+                    return;
+                }
+            };
+            match self.measure_row(&mut other, &mut session, &pool, kind, row) {
+                Ok(measured) => {
+                    self.report.rows.push(measured);
+                    failures = 0;
+                    open = Some((other, session, pool));
+                }
+                Err(error) => {
+                    let mut failed = self.describe(kind, row, Some(&session), &pool);
+                    failed.error = Some(error.to_string());
+                    self.report.rows.push(failed);
+                    // The next row begins with engines of its own.
+                    failures += 1;
+                }
+            }
+            if failures == 2 {
+                let name = format!("{kind}: the rows after {}", name_of(kind, row));
+                let reason = "two rows in a row failed".into();
+                self.report.not_measured.push(NotMeasured { name, reason });
+                return;
+            }
+        }
+        if let Some((mut other, session, _)) = open {
+            drop(session);
+            self.finish(&mut other);
+        }
+    }
+
+    fn open(
+        &mut self,
+        kind: Kind,
+        rows: &[PlannedRow],
+    ) -> Result<(Other, Session, Pool), BenchError> {
+        let mut other = self.connect()?;
+        let pool = self.take_memory(&mut other, rows)?;
+        let streams = self.plan.streams;
+        let folder = other
+            .folder
+            .as_ref()
+            .map(|folder| folder.path().join("pair"));
+        let (ours, theirs) = match (&self.args.dpdk_device, folder) {
+            (Some(device), _) => (Some(device.clone()), None),
+            (None, folder) => {
+                let pair = folder.map(|path| format!("pair:{}", path.display()));
+                (pair.clone(), pair)
+            }
+        };
+        let end = match &other.pairs {
+            Some(pairs) if kind == Kind::Mem => {
+                let (ours, theirs) = pair(&Options::default());
+                pairs.send(theirs).map_err(|_| BenchError::PeerGone)?;
+                Some(ours)
+            }
+            _ => None,
+        };
+        let listen = other.channel.local().map_err(BenchError::Channel)?.ip();
+        let start = || Node::start(kind, ours.as_deref(), end, listen, streams);
+        let session = Session::open(&mut other.channel, kind, start, theirs, streams)?;
+        Ok((other, session, pool))
+    }
+
+    /// As much memory as the largest row needs, at both ends.
+    fn take_memory(&self, other: &mut Other, rows: &[PlannedRow]) -> Result<Pool, BenchError> {
+        let needed = rows
+            .iter()
+            .map(|row| self.layout(row, 0).bytes())
+            .max()
+            .unwrap_or(0);
+        if needed > self.report.environment.memory_bytes / 4 {
+            return Err(BenchError::TooLarge(needed));
+        }
+        let memory = self.plan.memory;
+        expect_done(ask(
+            &mut other.channel,
+            &Request::Memory {
+                bytes: needed,
+                memory,
+            },
+        )?)?;
+        Pool::new(needed, memory)
+    }
+
+    fn layout(&self, row: &PlannedRow, salt: u64) -> Layout {
+        let cold = row.cold.then_some(self.cold_bytes);
+        Layout::new(row.block_size, row.batch_size, cold, salt)
+    }
+
+    fn next_layout(&mut self, row: &PlannedRow) -> Layout {
+        self.salt += 1;
+        self.layout(row, self.salt)
+    }
+
+    fn workload(&self, row: &PlannedRow) -> Workload {
+        Workload {
+            block_size: row.block_size,
+            batch_size: row.batch_size,
+            duration: self.plan.duration,
+            blocks_min: 1,
+            rate: self.plan.rate,
+        }
+    }
+
+    fn describe(
+        &self,
+        kind: Kind,
+        row: &PlannedRow,
+        session: Option<&Session>,
+        pool: &Pool,
+    ) -> Row {
+        Row {
+            name: name_of(kind, row),
+            op: op_name(row.op).into(),
+            transport: kind.to_string(),
+            device: session.map(Session::device),
+            memory: Some(pool.pages().into()),
+            cold: row.cold,
+            block_size: row.block_size,
+            batch_size: row.batch_size,
+            streams: (kind == Kind::Tcp).then_some(self.plan.streams),
+            reasons: vec![format!(
+                "{kind}: {}",
+                if self.plan.kinds_asked {
+                    "asked for"
+                } else {
+                    "by default"
+                }
+            )],
+            ..Row::default()
+        }
+    }
+
+    fn measure_row(
+        &mut self,
+        other: &mut Other,
+        session: &mut Session,
+        pool: &Pool,
+        kind: Kind,
+        row: &PlannedRow,
+    ) -> Result<Row, BenchError> {
+        let layout = self.next_layout(row);
+        pool.fill(&layout);
+        let described = self.describe(kind, row, Some(session), pool);
+        let work = self.workload(row);
+        let (repeats, warmup) = (self.plan.repeats, self.plan.warmup);
+        let check_bytes = self.plan.check_bytes;
+        let echo = row.op == Op::Pingpong;
+        let mut blocks = session.blocks(&mut other.channel, pool, layout, row.batch_size, echo)?;
+        measure::run(
+            &mut blocks,
+            &Workload {
+                duration: warmup,
+                ..work.clone()
+            },
+        )?;
+        let before = blocks.usage()?;
+        let mut samples = Vec::new();
+        for _ in 0..repeats {
+            samples.push(measure::run(&mut blocks, &work)?);
+        }
+        let after = blocks.usage()?;
+        let checked = blocks.end(check_bytes)?;
+        let mut measured = figures(described, &samples, &work);
+        account(&mut measured, &before, &after);
+        measured.verified = checked > 0;
+        Ok(measured)
+    }
+
+    fn usage(&self, other: &mut Other) -> Result<[Usage; 2], BenchError> {
+        let ours = Usage {
+            process: std::process::id(),
+            cpu_seconds: cpu_time().as_secs_f64(),
+            ..Usage::default()
+        };
+        match ask(&mut other.channel, &Request::Usage)? {
+            Reply::Used(theirs) => Ok([ours, theirs]),
+            reply => Err(unexpected(reply)),
+        }
+    }
+
+    fn connect(&self) -> Result<Other, BenchError> {
+        let mut other = match (self.args.place.peer, self.args.place.in_process) {
+            (Some(address), _) => Other::reach(address)?,
+            (None, true) => Other::thread()?,
+            (None, false) => Other::spawn()?,
+        };
+        expect_done(ask(&mut other.channel, &Request::Hello(VERSION.into()))?)?;
+        Ok(other)
+    }
+
+    /// Ends the other end, counting what it used.
+    fn finish(&mut self, other: &mut Other) {
+        let Ok([ours, theirs]) = self.usage(other) else {
+            return;
+        };
+        if ours.process != theirs.process {
+            self.their_cpu += theirs.cpu_seconds;
+        }
+    }
+
+    fn add_notes(&mut self) {
+        let notes = &mut self.report.notes;
+        let environment = &self.report.environment;
+        let busy = environment.busy_others.unwrap_or(0.0) + environment.stolen.unwrap_or(0.0);
+        if busy > BUSY_OTHERS_MAX {
+            notes.push(format!(
+                "other programs and other machines used {:.0} % of the processors meanwhile: \
+                 compare only figures of this run",
+                busy * 100.0
+            ));
+        }
+        if !environment.optimised {
+            notes.push("this build has no optimisations: build with --release".into());
+        }
+        let noisy = self
+            .report
+            .rows
+            .iter()
+            .chain(&self.report.baselines)
+            .filter(|row| {
+                let interval = row.gb_per_s.zip(row.gb_per_s_ci95);
+                interval.is_some_and(|(rate, [low, high])| (high - low) / 2.0 > INTERVAL_MAX * rate)
+            });
+        let names: Vec<&str> = noisy.map(|row| row.name.as_str()).collect();
+        if !names.is_empty() {
+            notes.push(format!(
+                "the repeats differ by more than 10 %: {}",
+                names.join(", ")
+            ));
+        }
+        if self.report.rows.iter().any(|row| row.cold) {
+            notes.push(format!(
+                "cold rows use {} at each end in turn; the largest cache is said to be {}",
+                crate::units::show_bytes(self.cold_bytes),
+                environment
+                    .cache_bytes
+                    .map_or("unknown".into(), crate::units::show_bytes)
+            ));
+        }
+    }
+}
+
+fn name_of(kind: Kind, row: &PlannedRow) -> String {
+    format!(
+        "{kind} {} {} {}",
+        op_name(row.op),
+        temperature(row.cold),
+        row.block_size
+    )
+}
+
+fn op_name(op: Op) -> &'static str {
+    match op {
+        Op::Send => "send",
+        Op::Pingpong => "pingpong",
+        Op::Read => "read",
+        Op::Write => "write",
+    }
+}
+
+fn temperature(cold: bool) -> &'static str {
+    if cold { "cold" } else { "hot" }
+}

@@ -1,0 +1,256 @@
+//! The baselines of a run.
+
+use super::{Bench, FRAME_BYTES, op_name, temperature};
+use crate::bench::BenchError;
+use crate::bench::baseline::{Baseline, iperf3, memcpy::Memcpy, raw, tcp::BareTcp};
+use crate::bench::environment::cpu_time;
+use crate::bench::figures::{account_cpu, figures};
+use crate::bench::genie::{ask, unexpected};
+use crate::bench::measure::{self, Carrier, Workload};
+use crate::bench::message::{Reply, Request};
+use crate::bench::plan::{Op, PlannedRow};
+use crate::bench::pool::{Layout, Pool};
+use crate::bench::report::Row;
+use crate::bench::statistics::{confidence_95, median};
+
+impl Bench<'_> {
+    /// Measures one family.
+    pub(super) fn measure_baseline(&mut self, baseline: Baseline) -> Result<(), BenchError> {
+        match baseline {
+            Baseline::Memcpy => self.measure_memcpy(),
+            Baseline::Tcp => self.measure_tcp(),
+            Baseline::Iperf3 => self.measure_iperf3(),
+            Baseline::Raw => self.measure_raw(),
+            Baseline::None => Ok(()),
+        }
+    }
+
+    fn measure_memcpy(&mut self) -> Result<(), BenchError> {
+        for cold in [true, false] {
+            let row = PlannedRow {
+                op: Op::Send,
+                block_size: 64 << 10,
+                batch_size: 1,
+                cold,
+            };
+            let layout = self.next_layout(&row);
+            let from = Pool::new(layout.bytes(), self.plan.memory)?;
+            let into = Pool::new(layout.bytes(), self.plan.memory)?;
+            from.fill(&layout);
+            into.fill(&Layout { salt: 0, ..layout });
+            let described = Row {
+                name: format!("memcpy {}", temperature(cold)),
+                op: "memcpy".into(),
+                transport: "none".into(),
+                memory: Some(from.pages().into()),
+                cold,
+                block_size: row.block_size,
+                batch_size: 1,
+                copies_per_byte: Some(1.0),
+                ..Row::default()
+            };
+            let mut copies = Memcpy::new(&from, &into, layout);
+            let work = Workload {
+                rate: None,
+                ..self.workload(&row)
+            };
+            let mut measured = self.measure_carrier(&mut copies, described, &work)?;
+            measured.verified = copies.check(self.plan.check_bytes)? > 0;
+            self.report.baselines.push(measured);
+        }
+        Ok(())
+    }
+
+    fn measure_tcp(&mut self) -> Result<(), BenchError> {
+        let mut other = self.connect()?;
+        let rows = self.plan.rows.clone();
+        let pool = self.take_memory(&mut other, &rows)?;
+        let to = other.channel.peer().map_err(BenchError::Channel)?.ip();
+        for row in rows {
+            let echo = row.op == Op::Pingpong;
+            for crc in if echo { &[false][..] } else { &[false, true] } {
+                let layout = self.next_layout(&row);
+                pool.fill(&layout);
+                let request = Request::BareTcp {
+                    layout,
+                    crc: *crc,
+                    echo,
+                };
+                let port = match ask(&mut other.channel, &request)? {
+                    Reply::Port(port) => port,
+                    reply => return Err(unexpected(reply)),
+                };
+                let check = if *crc { " crc" } else { "" };
+                let described = Row {
+                    name: format!(
+                        "bare tcp {} {}{check} {}",
+                        op_name(row.op),
+                        temperature(row.cold),
+                        row.block_size
+                    ),
+                    op: op_name(row.op).into(),
+                    transport: "tcp".into(),
+                    memory: Some("pages".into()),
+                    cold: row.cold,
+                    block_size: row.block_size,
+                    batch_size: row.batch_size,
+                    streams: Some(1),
+                    verified: *crc,
+                    ..Row::default()
+                };
+                let mut bare = BareTcp::connect((to, port), &pool, layout, *crc, echo)?;
+                let work = self.workload(&row);
+                measure::run(
+                    &mut bare,
+                    &Workload {
+                        duration: self.plan.warmup,
+                        ..work.clone()
+                    },
+                )?;
+                let before = self.usage(&mut other)?;
+                let mut measured = self.measure_carrier(&mut bare, described, &work)?;
+                let after = self.usage(&mut other)?;
+                account_cpu(&mut measured, &before, &after);
+                self.report.baselines.push(measured);
+            }
+        }
+        self.finish(&mut other);
+        Ok(())
+    }
+
+    fn measure_iperf3(&mut self) -> Result<(), BenchError> {
+        let mut other = self.connect()?;
+        let to = other.channel.peer().map_err(BenchError::Channel)?.ip();
+        let controls = &self.args.congestion;
+        let mut runs: Vec<(String, Vec<String>)> = Vec::new();
+        for (streams, zero) in [(1, false), (2, false), (4, false), (1, true)] {
+            let mut more = vec!["--parallel".to_owned(), streams.to_string()];
+            let mut name = format!("iperf3 {streams}");
+            if zero {
+                more.push("--zerocopy".into());
+                name += " sendfile";
+            }
+            if controls.is_empty() {
+                runs.push((name.clone(), more.clone()));
+            }
+            for control in controls.iter().filter(|_| !zero) {
+                let chosen = ["--congestion".to_owned(), control.clone()];
+                runs.push((format!("{name} {control}"), [&more[..], &chosen].concat()));
+            }
+        }
+        let seconds = self.plan.duration.as_secs_f64().max(1.0);
+        let repeats = if self.args.quick { 1 } else { 3 };
+        for (name, more) in runs {
+            let streams = more[1].parse().ok();
+            let mut outcomes = Vec::new();
+            for _ in 0..repeats {
+                let port = match ask(&mut other.channel, &Request::Iperf3)? {
+                    Reply::Port(port) => port,
+                    reply => return Err(unexpected(reply)),
+                };
+                let more: Vec<&str> = more.iter().map(String::as_str).collect();
+                outcomes.push(iperf3::run((to, port), seconds, &more)?);
+            }
+            let rates: Vec<f64> = outcomes.iter().map(|outcome| outcome.gb_per_s).collect();
+            let cpu: Vec<f64> = outcomes
+                .iter()
+                .filter_map(|outcome| outcome.cpu_s_per_gb)
+                .collect();
+            self.report.baselines.push(Row {
+                name,
+                op: "stream".into(),
+                transport: "tcp".into(),
+                block_size: 1 << 20,
+                batch_size: 1,
+                streams,
+                repeats,
+                gb_per_s: median(&rates),
+                gb_per_s_ci95: confidence_95(&rates),
+                cpu_s_per_gb: median(&cpu),
+                retransmits: outcomes
+                    .iter()
+                    .filter_map(|outcome| outcome.retransmits)
+                    .reduce(|a, b| a + b),
+                ..Row::default()
+            });
+        }
+        self.finish(&mut other);
+        Ok(())
+    }
+
+    fn measure_raw(&mut self) -> Result<(), BenchError> {
+        for what in raw::Use::ALL {
+            let mut received: Vec<raw::Received> = Vec::new();
+            let mut driver = String::new();
+            for _ in 0..self.plan.repeats {
+                let mut other = self.connect()?;
+                let Some(folder) = &other.folder else {
+                    let reason = "the raw loop needs both processes on this host: --spawn";
+                    return Err(BenchError::Refused(reason.into()));
+                };
+                let device = format!("pair:{}", folder.path().join("pair").display());
+                let channel = std::cell::RefCell::new(&mut other.channel);
+                let seconds = self.plan.duration.as_secs_f64();
+                let opened = || {
+                    let request = Request::RawDevice {
+                        device: device.clone(),
+                        frame_bytes: FRAME_BYTES,
+                        what,
+                        seconds,
+                    };
+                    match ask(*channel.borrow_mut(), &request)? {
+                        Reply::Ready => Ok(()),
+                        reply => Err(unexpected(reply)),
+                    }
+                };
+                let stop = || match channel.borrow_mut().try_receive()? {
+                    None => Ok(false),
+                    Some(Reply::Frames(frames)) => {
+                        received.push(frames);
+                        Ok(true)
+                    }
+                    Some(reply) => Err(unexpected(reply)),
+                };
+                driver = raw::send(&device, FRAME_BYTES, opened, stop)?;
+                self.finish(&mut other);
+            }
+            let rate = |received: &raw::Received| {
+                (received.frames * FRAME_BYTES as u64) as f64 / received.seconds / 1e9
+            };
+            let rates: Vec<f64> = received.iter().map(rate).collect();
+            let bad: u64 = received.iter().map(|received| received.bad).sum();
+            let theirs = received.first().map_or("", |received| &received.driver);
+            self.report.baselines.push(Row {
+                name: format!("raw device {}", what.name()),
+                op: "frames".into(),
+                transport: "dpdk".into(),
+                device: Some(format!("{driver} → {theirs}")),
+                cold: true,
+                block_size: FRAME_BYTES as u64,
+                batch_size: 32,
+                repeats: rates.len(),
+                gb_per_s: median(&rates),
+                gb_per_s_ci95: confidence_95(&rates),
+                verified: what != raw::Use::Untouched && bad == 0,
+                error: (bad > 0).then(|| format!("{bad} frames were not what was sent")),
+                ..Row::default()
+            });
+        }
+        Ok(())
+    }
+
+    fn measure_carrier(
+        &self,
+        carrier: &mut dyn Carrier,
+        described: Row,
+        work: &Workload,
+    ) -> Result<Row, BenchError> {
+        let before = cpu_time();
+        let samples = (0..self.plan.repeats).map(|_| measure::run(carrier, work));
+        let samples = samples.collect::<Result<Vec<_>, _>>()?;
+        let mut row = figures(described, &samples, work);
+        let bytes = samples.iter().map(|sample| sample.blocks).sum::<u64>() * work.block_size;
+        row.cpu_s_per_gb = Some((cpu_time() - before).as_secs_f64() / (bytes.max(1) as f64 / 1e9));
+        Ok(row)
+    }
+}
