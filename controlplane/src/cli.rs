@@ -3,6 +3,7 @@
 //! Exit codes: 0 done, 1 failed, 2 not understood. Data goes to stdout, as text
 //! or with `--json` as one JSON value; everything else goes to stderr.
 
+mod hugepages;
 mod move_file;
 mod show;
 
@@ -14,6 +15,8 @@ use clap::builder::FalseyValueParser;
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 use serde::Serialize;
 use tracing_subscriber::EnvFilter;
+
+use hugepages::{HugepagesCommand, HugepagesError};
 
 use crate::agent::{self, AgentError};
 use crate::bench::{self, BenchArgs, BenchError};
@@ -75,6 +78,9 @@ enum Command {
         #[command(flatten)]
         agent: Local,
     },
+    /// Show, reserve or give back this machine's huge pages
+    #[command(subcommand)]
+    Hugepages(HugepagesCommand),
     /// Show the agent, its transports, sessions and counters
     Status {
         #[command(flatten)]
@@ -110,6 +116,8 @@ enum CommandError {
     Config(#[from] ConfigError),
     #[error(transparent)]
     File(#[from] FileError),
+    #[error(transparent)]
+    Hugepages(#[from] HugepagesError),
     #[error(transparent)]
     Bench(#[from] BenchError),
     #[error("{file}: {source}")]
@@ -188,6 +196,7 @@ fn run(command: Command, json: bool) -> Result<(), CommandError> {
             let removed = show::Removed { tensors };
             print(json, &removed, || format!("removed {tensors} tensors\n"))
         }
+        Command::Hugepages(command) => hugepages::run(command, json),
         Command::Status { agent } => {
             let status = agent.connect()?.status()?;
             print(json, &status, || show::status(&status))
