@@ -143,6 +143,11 @@ pub trait Device {
     /// Collects frames that were sent, also on a queue that is otherwise idle.
     fn reap(&mut self);
 
+    /// Stops the queue for good and gives up the frames in it, so that memory
+    /// can be detached though the device never finished with it. Nothing is
+    /// sent or received after that.
+    fn stop(&mut self);
+
     /// The port's own counters.
     fn counters(&self) -> Counters;
 

@@ -93,7 +93,8 @@ pub struct Transfer {
 
 #[derive(Debug)]
 struct Shared {
-    commands: Mutex<Sender<Command>>,
+    /// None once the engine has ended, so that nothing stays in the ring.
+    commands: Mutex<Option<Sender<Command>>>,
     waiting: Mutex<HashMap<OperationId, Waiting>>,
     sessions: Mutex<HashMap<SessionId, Slots>>,
     permits: Arc<Semaphore>,
@@ -127,7 +128,7 @@ impl Endpoint {
         let (commands, engine_commands) = ring::ring(2 * OPERATIONS_MAX + 64)?;
         let (engine_completions, completions) = ring::ring(OPERATIONS_MAX + 64)?;
         let shared = Arc::new(Shared {
-            commands: Mutex::new(commands),
+            commands: Mutex::new(Some(commands)),
             waiting: Mutex::default(),
             sessions: Mutex::default(),
             permits: Arc::new(Semaphore::new(OPERATIONS_MAX)),
@@ -243,6 +244,11 @@ impl Endpoint {
         into: Lease,
         permit: OwnedSemaphorePermit,
     ) -> Result<(TransferId, Transfer), FailReason> {
+        if !into.region().is_writable() {
+            return Err(FailReason::Refused(
+                "the destination may only be read".into(),
+            ));
+        }
         let transfer = match lock(&self.shared.sessions).get_mut(&session) {
             Some(slots) => slots.take(),
             None => return Err(FailReason::Closed),
@@ -332,20 +338,26 @@ impl Endpoint {
 
     /// Sends a command; fails only if the engine has ended.
     fn command(&self, command: Command) -> Result<(), Stopped> {
-        let mut commands = lock(&self.shared.commands);
-        let mut command = command;
-        loop {
-            if commands.is_abandoned() {
-                return Err(Stopped);
+        let mut sender = lock(&self.shared.commands);
+        let mut command = Some(command);
+        while let Some(ring) = sender.as_mut() {
+            if let Some(now) = command.take() {
+                // Full: more cancellations than the ring was sized for; the
+                // engine empties it every iteration.
+                command = ring.try_send(now).err().map(|Full(back)| back);
             }
-            match commands.try_send(command) {
-                Ok(()) => return Ok(()),
-                // More cancellations than the ring was sized for: the engine
-                // empties it every iteration.
-                Err(Full(back)) => command = back,
+            if ring.is_abandoned() {
+                // With the sender goes what the engine did not take, and the
+                // leases in it. Whoever waits is told by `fail_everything`.
+                *sender = None;
+                break;
+            }
+            if command.is_none() {
+                return Ok(());
             }
             std::thread::yield_now();
         }
+        Err(Stopped)
     }
 }
 
@@ -432,6 +444,7 @@ impl Shared {
     }
 
     fn fail_everything(&self) {
+        lock(&self.commands).take();
         let waiting = std::mem::take(&mut *lock(&self.waiting));
         for (_, waiting) in waiting {
             match waiting {

@@ -79,6 +79,8 @@ pub struct Connection {
     /// When the peer was last heard, or something began to be under way. None
     /// while nothing is.
     alive: Option<Time>,
+    /// When a transfer last moved, or one began. None while none is under way.
+    moved: Option<Time>,
     events: VecDeque<Event>,
     stats: Stats,
     /// Kept for their capacity.
@@ -177,6 +179,7 @@ impl Connection {
             probe_wanted: false,
             tokens: config.seed,
             alive: None,
+            moved: None,
             events: VecDeque::new(),
             stats: Stats::default(),
             acked: Vec::new(),

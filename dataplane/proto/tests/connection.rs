@@ -698,3 +698,68 @@ fn a_duplicate_is_acknowledged_only_if_its_payload_vouches_for_it() {
     assert_eq!(stats.drops(DropCause::PayloadCheck), 1);
     assert_eq!(stats.duplicate_segments, 1);
 }
+
+/// Runs a transfer of 100 000 bytes between two connections for two simulated
+/// minutes over a path that drops what `drop(from the sender, packet)` names.
+fn events_over(drop: impl Fn(bool, &[u8]) -> bool) -> Vec<Event> {
+    let mut ends = [
+        Connection::new(Config::default(), LOCAL, SessionId(0xb), Time(0)),
+        Connection::new(Config::default(), SessionId(0xb), LOCAL, Time(0)),
+    ];
+    ends[1].receive(ID, 100_000).unwrap();
+    ends[0].send(ID, 100_000).unwrap();
+    let (mut events, mut now) = (Vec::new(), Time(0));
+    while now < Time(0) + Duration::from_secs(120) {
+        for from in [0, 1] {
+            while let Some(transmit) = ends[from].poll_transmit(now, |segment| {
+                crc32c::crc32c(&vec![7; segment.len as usize])
+            }) {
+                let mut packet = transmit.head.to_vec();
+                let len = transmit.payload.map_or(0, |segment| segment.len as usize);
+                packet.resize(packet.len() + len, 7);
+                if !drop(from == 0, &packet) {
+                    ends[1 - from].handle_datagram(now, &packet, packet.len(), |_| {
+                        crc32c::crc32c(&packet[HEADER_LEN..])
+                    });
+                }
+            }
+            events.extend(std::iter::from_fn(|| ends[from].poll_event()));
+        }
+        now = now + Duration::from_micros(500);
+        for end in &mut ends {
+            if end.poll_timeout().is_some_and(|at| at <= now) {
+                end.handle_timeout(now);
+            }
+        }
+    }
+    events
+}
+
+fn stalled(events: &[Event]) -> usize {
+    let lost = |event: &&Event| {
+        matches!(
+            event,
+            Event::PathLost {
+                reason: PathLostReason::Stalled(_)
+            }
+        )
+    };
+    events.iter().filter(lost).count()
+}
+
+/// Probes get through, segments do not: a path MTU that nobody told us of.
+#[test]
+fn a_path_that_swallows_full_packets_is_lost_at_both_ends() {
+    let events = events_over(|_, packet| packet.len() > 1000);
+    assert_eq!(stalled(&events), 2, "{events:?}");
+}
+
+#[test]
+fn a_peer_that_acknowledges_everything_and_confirms_nothing_is_lost() {
+    let done = Kind::Done as u8;
+    let events = events_over(|from_sender, packet| !from_sender && packet[0] & 15 == done);
+    assert_eq!(stalled(&events), 2, "{events:?}");
+    let whole = events_over(|_, _| false);
+    assert_eq!(stalled(&whole), 0);
+    assert!(matches!(whole[0], Event::Sent { .. }), "{whole:?}");
+}

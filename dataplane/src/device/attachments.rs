@@ -53,6 +53,13 @@ impl<T> Attachments<T> {
         Some(&mut entry.1)
     }
 
+    /// Shows what the device keeps beside every lease.
+    pub fn beside_all(&mut self, mut change: impl FnMut(&mut T)) {
+        for (_, beside) in self.entries.iter_mut().flatten() {
+            change(beside);
+        }
+    }
+
     /// The bytes a payload names and what is kept beside their lease; `None`
     /// if it is not attached or lies outside.
     pub fn resolve(&self, payload: Payload) -> Option<(View<'_>, &T)> {

@@ -140,6 +140,11 @@ impl<D: Device> Device for FaultyDevice<D> {
         self.inner.reap();
     }
 
+    fn stop(&mut self) {
+        self.held.clear();
+        self.inner.stop();
+    }
+
     fn counters(&self) -> Counters {
         self.inner.counters()
     }

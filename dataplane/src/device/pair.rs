@@ -50,6 +50,7 @@ pub struct PairDevice {
     unreaped: Vec<Attachment>,
     counters: Counters,
     copies: Copies,
+    stopped: bool,
 }
 
 /// Full frames one way, empty buffers back.
@@ -120,6 +121,7 @@ impl PairDevice {
             unreaped: Vec::new(),
             counters: Counters::default(),
             copies: Copies::default(),
+            stopped: false,
         }
     }
 
@@ -159,6 +161,9 @@ impl Device for PairDevice {
     }
 
     fn rx_burst(&mut self, on_frame: &mut dyn FnMut(View<'_>)) -> usize {
+        if self.stopped {
+            return 0;
+        }
         for count in 0..BURST_MAX {
             let Ok(buffer) = self.incoming.full.pop() else {
                 return count;
@@ -175,6 +180,9 @@ impl Device for PairDevice {
     }
 
     fn tx_burst(&mut self, frames: &[TxFrame]) -> usize {
+        if self.stopped {
+            return 0;
+        }
         for (count, frame) in frames.iter().enumerate() {
             let largest = self.capabilities.mtu as usize + ETHERNET_HEADER;
             if frame.len() > largest {
@@ -221,6 +229,12 @@ impl Device for PairDevice {
                 *unreaped -= 1;
             }
         }
+    }
+
+    fn stop(&mut self) {
+        self.stopped = true;
+        self.unreaped.clear();
+        self.attachments.beside_all(|unreaped| *unreaped = 0);
     }
 
     fn counters(&self) -> Counters {

@@ -100,13 +100,6 @@ impl Port {
         stats
     }
 
-    /// Stops the queues for good and frees the frames in them, so that memory
-    /// can be detached after a device has died.
-    pub fn stop(&mut self) {
-        // SAFETY: an open port, not in a burst function.
-        unsafe { (self.library.api().port_stop)(self.raw.as_ptr()) };
-    }
-
     /// Packet buffers that refer to attached memory.
     pub fn in_flight(&mut self, attachment: Attachment) -> u32 {
         let Some(handle) = self.attachments.beside_mut(attachment) else {
@@ -293,6 +286,11 @@ impl Device for Port {
     fn reap(&mut self) {
         // SAFETY: an open port on its thread.
         unsafe { (self.library.api().tx_reap)(self.raw.as_ptr()) };
+    }
+
+    fn stop(&mut self) {
+        // SAFETY: an open port, not in a burst function.
+        unsafe { (self.library.api().port_stop)(self.raw.as_ptr()) };
     }
 
     fn counters(&self) -> Counters {

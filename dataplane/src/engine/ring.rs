@@ -9,6 +9,7 @@
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
+use std::sync::atomic::{Ordering, fence};
 use std::time::Duration;
 
 use genie_wake::Handshake;
@@ -84,7 +85,7 @@ impl<T> Sender<T> {
 
     /// Whether the receiver is gone.
     pub fn is_abandoned(&self) -> bool {
-        self.ring.is_abandoned()
+        abandoned(self.ring.is_abandoned())
     }
 }
 
@@ -96,7 +97,7 @@ impl<T> Receiver<T> {
 
     /// Whether the sender is gone and nothing is left.
     pub fn is_closed(&self) -> bool {
-        self.ring.is_abandoned() && self.ring.is_empty()
+        abandoned(self.ring.is_abandoned()) && self.ring.is_empty()
     }
 
     /// Announces sleep on [`AsFd`]; returns `false`, and takes it back, if a
@@ -106,7 +107,7 @@ impl<T> Receiver<T> {
     /// something else happens) and then calls [`Receiver::finish_sleep`].
     pub fn prepare_sleep(&mut self) -> bool {
         self.bell.handshake.prepare_sleep();
-        if self.ring.is_empty() && !self.ring.is_abandoned() {
+        if self.ring.is_empty() && !abandoned(self.ring.is_abandoned()) {
             return true;
         }
         self.finish_sleep();
@@ -138,6 +139,22 @@ impl<T> Receiver<T> {
 impl<T> AsFd for Receiver<T> {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.bell.eventfd.as_fd()
+    }
+}
+
+/// Orders what the other end did before it left before what we look at next;
+/// `rtrb` leaves that to its user.
+fn abandoned(seen: bool) -> bool {
+    if seen {
+        fence(Ordering::Acquire);
+    }
+    seen
+}
+
+impl<T> Drop for Receiver<T> {
+    fn drop(&mut self) {
+        // What was not taken goes now, not when the sender goes too.
+        while self.try_recv().is_some() {}
     }
 }
 

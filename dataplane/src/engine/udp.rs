@@ -7,7 +7,7 @@
 
 mod session;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::net::{IpAddr, SocketAddr};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -153,8 +153,12 @@ struct Core {
     /// Frames the device has not taken yet: the first `sent` of them it has.
     frames: Vec<TxFrame>,
     sent: usize,
-    /// Answers to ARP and neighbour discovery, bounded by [`ANSWERS_MAX`].
-    answers: Vec<Head>,
+    /// Answers to ARP and neighbour discovery, and our own questions; bounded by
+    /// [`ANSWERS_MAX`].
+    answers: VecDeque<Head>,
+    /// How many sessions the next burst passes over before it begins, so that
+    /// each has its turn however many there are.
+    turn: usize,
     outbox: Outbox<Completion>,
     /// Frames that belong to no session or are not understood.
     dropped: u64,
@@ -179,6 +183,9 @@ struct Totals {
 /// More unanswered questions than this at once are somebody's flood.
 const ANSWERS_MAX: usize = 64;
 
+/// Answers in one burst: a flood of questions must not stop the tensors.
+const ANSWERS_BURST: usize = 8;
+
 impl<D: Device> Engine<D> {
     fn new(config: Config, device: D, ports: EnginePorts, status: Status) -> Self {
         let link = Link::new(device.capabilities().mac, config.addresses.clone());
@@ -188,7 +195,8 @@ impl<D: Device> Engine<D> {
             sessions: HashMap::new(),
             frames: Vec::with_capacity(BURST_MAX),
             sent: 0,
-            answers: Vec::with_capacity(ANSWERS_MAX),
+            answers: VecDeque::with_capacity(ANSWERS_MAX),
+            turn: 0,
             outbox: Outbox::new(ports.completions),
             dropped: 0,
             totals: Totals::default(),
@@ -325,9 +333,18 @@ impl<D: Device> Engine<D> {
     }
 
     fn handle_timeouts(&mut self, now: Time) {
-        let core = &mut self.core;
-        for session in core.sessions.values_mut() {
-            session.handle_timeout(now, &mut core.link, &mut core.answers);
+        let Core {
+            sessions,
+            link,
+            answers,
+            ..
+        } = &mut self.core;
+        for session in sessions.values_mut() {
+            if let Some(question) = session.handle_timeout(now, link)
+                && answers.len() < ANSWERS_MAX
+            {
+                answers.push_back(question);
+            }
         }
     }
 
@@ -339,26 +356,51 @@ impl<D: Device> Engine<D> {
         if core.frames.is_empty() {
             return false;
         }
-        core.sent += device.tx_burst(&core.frames[core.sent..]);
-        true
+        let taken = device.tx_burst(&core.frames[core.sent..]);
+        core.sent += taken;
+        taken > 0
     }
 
     /// Completes what ended and gives memory back that nothing refers to any more.
     fn settle(&mut self, now: Time) {
         let Self { device, core, .. } = self;
         let copying = session::Copying::of(device.capabilities());
-        let mut reaped = false;
+        let mut detaching = false;
         for session in core.sessions.values_mut() {
             session.take_events(now, copying, &mut core.totals, &mut core.outbox);
-            if session.is_detaching() {
-                if !std::mem::replace(&mut reaped, true) {
-                    device.reap();
-                }
+            detaching |= session.is_detaching();
+        }
+        if detaching {
+            core.forget_frames_of_ended();
+            device.reap();
+            for session in core.sessions.values_mut() {
                 session.detach(device, &mut core.outbox);
             }
+            if core.sessions.values().any(|session| session.is_stuck(now)) {
+                self.fail(now);
+            }
         }
+        let core = &mut self.core;
         core.remove_ended(now);
         core.outbox.flush();
+    }
+
+    /// Ends an engine whose device does not give memory back: the queue is
+    /// stopped, which makes it, and every session with it.
+    fn fail(&mut self, now: Time) {
+        let Self { device, core, .. } = self;
+        tracing::error!(
+            driver = device.capabilities().driver,
+            "the transmit queue is stuck: the device is stopped, and its engine with it"
+        );
+        device.stop();
+        core.stopping = true;
+        let copying = session::Copying::of(device.capabilities());
+        for session in core.sessions.values_mut() {
+            session.close();
+            session.take_events(now, copying, &mut core.totals, &mut core.outbox);
+            session.detach(device, &mut core.outbox);
+        }
     }
 
     fn next_deadline(&self) -> Option<Time> {
@@ -417,6 +459,10 @@ impl Core {
         };
         let address = SocketAddr::new(address, self.config.port);
         let peer = SocketAddr::new(peer, remote.local.port);
+        if self.sessions.contains_key(&id) {
+            let result = Err(OpenError::Refused("the session is open already".into()));
+            return self.outbox.push(Completion::Opened { operation, result });
+        }
         let opening = session::Opening {
             operation,
             own: address,
@@ -424,11 +470,7 @@ impl Core {
             limit: self.config.liveness,
         };
         let session = Session::new(now, id, &remote, opening, own);
-        if let Some(mut replaced) = self.sessions.insert(id, session) {
-            // Ids are chosen by one endpoint, which never repeats an open one.
-            replaced.close();
-            tracing::error!(?id, "a session was opened twice");
-        }
+        self.sessions.insert(id, session);
     }
 
     fn refuse(&mut self, operation: OperationId, reason: FailReason) {
@@ -472,7 +514,7 @@ impl Core {
 
     fn handle_other(&mut self, frame: View<'_>) {
         let mut bytes = [0; HEAD_MAX];
-        if frame.len() > bytes.len() || self.answers.len() == ANSWERS_MAX {
+        if frame.len() > bytes.len() || self.answers.len() >= ANSWERS_MAX {
             self.dropped += 1;
             return;
         }
@@ -484,25 +526,55 @@ impl Core {
     fn fill_frames(&mut self, now: Time) {
         self.frames.clear();
         self.sent = 0;
-        while let Some(head) = self.answers.pop() {
-            self.frames.push(TxFrame {
-                head,
-                payload: None,
-            });
-            if self.frames.len() == BURST_MAX {
-                return;
+        let answers = self.answers.len().min(ANSWERS_BURST);
+        let heads = self.answers.drain(..answers);
+        self.frames.extend(heads.map(|head| TxFrame {
+            head,
+            payload: None,
+        }));
+        let count = self.sessions.len();
+        if count == 0 {
+            return;
+        }
+        let share = ((BURST_MAX - self.frames.len()) / count).max(1);
+        let first = self.turn % count;
+        // Twice round the same order: from `first` to the end, then to `first`.
+        for (pass, skip) in [first, 0].into_iter().enumerate() {
+            let take = if pass == 0 { count - first } else { first };
+            for session in self.sessions.values_mut().skip(skip).take(take) {
+                let room = BURST_MAX - self.frames.len();
+                if room == 0 {
+                    return;
+                }
+                self.turn += 1;
+                let frames = std::iter::from_fn(|| session.poll_transmit(now));
+                self.frames.extend(frames.take(share.min(room)));
             }
         }
-        let room = BURST_MAX - self.frames.len();
-        let share = (room / self.sessions.len().max(1)).max(1);
-        for session in self.sessions.values_mut() {
-            for _ in 0..share.min(BURST_MAX - self.frames.len()) {
-                let Some(frame) = session.poll_transmit(now) else {
-                    break;
-                };
-                self.frames.push(frame);
-            }
-        }
+    }
+
+    /// Drops frames that wait for the device and belong to transfers that have
+    /// ended: their attachment may soon stand for other memory. To the protocol
+    /// they are lost.
+    fn forget_frames_of_ended(&mut self) {
+        let Self {
+            frames,
+            sent,
+            sessions,
+            ..
+        } = self;
+        frames.drain(..*sent);
+        *sent = 0;
+        frames.retain(|frame| {
+            let ended = |attachment| {
+                sessions
+                    .values()
+                    .any(|session| session.detaches(attachment))
+            };
+            frame
+                .payload
+                .is_none_or(|payload| !ended(payload.attachment))
+        });
     }
 
     /// Forgets sessions that have ended and hold nothing any more.

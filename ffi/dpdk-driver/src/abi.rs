@@ -260,6 +260,11 @@ unsafe extern "C" fn tx_reap(port: *mut PortHandle) {
         let port = unsafe { port_mut(port) };
         if port.is_running() {
             port.queues.reap();
+            // Frames kept for a peer that is gone are lost, as on a wire;
+            // otherwise the memory they refer to would never come back.
+            if port.queues.pending() > 0 && !port.link_up() {
+                port.queues.drop_pending();
+            }
         }
     });
 }

@@ -35,6 +35,10 @@ pub struct Config {
     /// Silence after which the path is lost, counted while something is under way.
     /// A probe is sent after a quarter of it.
     pub idle_limit: Duration,
+    /// How long transfers may be under way without one byte of them being
+    /// applied or acknowledged. A path that carries small packets only, or a
+    /// peer that answers but does nothing, is lost after that.
+    pub progress_limit: Duration,
     /// The congestion controller.
     pub congestion: Algorithm,
     /// Transfer slots that each direction may use: `0..slots_max`.
@@ -70,6 +74,7 @@ impl Default for Config {
             pto_max: Duration::from_millis(250),
             pto_limit: 20,
             idle_limit: Duration::from_secs(2),
+            progress_limit: Duration::from_secs(30),
             congestion: Algorithm::Tolerant,
             slots_max: 1 << 16,
             seed: 0,

@@ -89,6 +89,9 @@ pub enum PathLostReason {
     /// So many probe timeouts in a row.
     #[error("{0} probe timeouts in a row")]
     ProbeTimeouts(u32),
+    /// The peer answers, but no transfer moved for the progress limit.
+    #[error("no transfer moved for {0:?}")]
+    Stalled(Duration),
     /// Nothing was heard for the idle limit.
     #[error("nothing heard for {0:?}")]
     Silent(Duration),

@@ -57,6 +57,7 @@ impl Connection {
         if self.received.contains(header.packet_number) {
             return Err(DropCause::DuplicatePacket);
         }
+        let before = self.movement();
         if header.kind == Kind::Data {
             self.handle_data(header, payload_crc, head, datagram_len, place)?;
         } else {
@@ -69,6 +70,9 @@ impl Connection {
             let body = Body::parse(header.kind, payload)?;
             self.handle_control(now, header, body)?;
         }
+        if self.movement() != before {
+            self.moved = Some(now);
+        }
         self.stats.packets_received += 1;
         if let Some(alive) = &mut self.alive {
             *alive = now;
@@ -77,6 +81,12 @@ impl Connection {
         self.received
             .record(now, header.packet_number, header.timestamp, eliciting);
         Ok(())
+    }
+
+    /// Changes when a byte is applied or a transfer ends.
+    fn movement(&self) -> (u64, u64) {
+        let active = self.receiving.active() + self.sending.active();
+        (self.stats.bytes_received, active)
     }
 
     fn handle_data(
@@ -178,6 +188,7 @@ impl Connection {
         }
         for packet in &acked {
             if let Content::Data { segment, index } = packet.content {
+                self.moved = Some(now);
                 self.sending.handle_acked(index, segment);
             }
         }

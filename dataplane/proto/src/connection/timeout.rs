@@ -23,6 +23,7 @@ impl Connection {
             self.pto_deadline(),
             self.keepalive_deadline(),
             self.silence_deadline(),
+            self.progress_deadline(),
         ];
         deadlines.into_iter().flatten().min()
     }
@@ -44,6 +45,12 @@ impl Connection {
             return self.lose_path(PathLostReason::Silent(self.config.idle_limit));
         }
         if self
+            .progress_deadline()
+            .is_some_and(|deadline| deadline <= now)
+        {
+            return self.lose_path(PathLostReason::Stalled(self.config.progress_limit));
+        }
+        if self
             .sent
             .loss_deadline()
             .is_some_and(|deadline| deadline <= now)
@@ -60,12 +67,17 @@ impl Connection {
         }
     }
 
-    /// Starts and stops counting the peer's silence.
+    /// Starts and stops counting the peer's silence and the transfers' standstill.
     pub(super) fn watch(&mut self, now: Time) {
         if self.is_busy() {
             self.alive.get_or_insert(now);
         } else {
             self.alive = None;
+        }
+        if self.receiving.active() + self.sending.active() > 0 {
+            self.moved.get_or_insert(now);
+        } else {
+            self.moved = None;
         }
     }
 
@@ -144,6 +156,10 @@ impl Connection {
 
     fn silence_deadline(&self) -> Option<Time> {
         Some(self.alive? + self.config.idle_limit)
+    }
+
+    fn progress_deadline(&self) -> Option<Time> {
+        Some(self.moved? + self.config.progress_limit)
     }
 
     /// With something in flight the probe timeout sees to it.

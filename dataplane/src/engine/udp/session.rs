@@ -39,6 +39,10 @@ const CLOSED_BY_USER: u16 = 0;
 /// the one that tells the peer.
 const GOODBYE_LIMIT: Duration = Duration::from_millis(100);
 
+/// A device that works gives a frame's memory back within microseconds of
+/// sending it; after this long it never will.
+const STUCK_LIMIT: Duration = Duration::from_secs(1);
+
 pub(super) struct Session {
     id: SessionId,
     connection: Connection,
@@ -202,7 +206,10 @@ impl Session {
                     },
                 );
             }
-            Err(error) => refuse(operation, error.to_string(), outbox),
+            Err(error) => {
+                drop(into);
+                refuse(operation, error.to_string(), outbox);
+            }
         }
     }
 
@@ -217,6 +224,7 @@ impl Session {
         let attachment = match device.attach(from.clone()) {
             Ok(attachment) => attachment,
             Err(error @ (AttachError::Full | AttachError::Unreachable(_))) => {
+                drop(from);
                 return refuse(operation, error.to_string(), outbox);
             }
         };
@@ -281,7 +289,10 @@ impl Session {
         }
     }
 
-    pub(super) fn handle_timeout(&mut self, now: Time, link: &mut Link, asks: &mut Vec<Head>) {
+    /// Acts on what is due; returns a question for the link, if there is one.
+    #[must_use]
+    pub(super) fn handle_timeout(&mut self, now: Time, link: &mut Link) -> Option<Head> {
+        let mut question = None;
         if let State::Resolving {
             opening,
             began,
@@ -301,13 +312,14 @@ impl Session {
                     began: *began,
                 };
             } else if *ask_next <= now {
-                asks.extend(link.request(own.ip(), peer.ip()));
+                question = link.request(own.ip(), peer.ip());
                 *ask_next = now + ASK_EVERY;
             }
         }
         if self.connection.poll_timeout().is_some_and(|at| at <= now) {
             self.connection.handle_timeout(now);
         }
+        question
     }
 
     pub(super) fn poll_transmit(&mut self, now: Time) -> Option<TxFrame> {
@@ -482,6 +494,7 @@ impl Session {
         let told = self.flow.is_none();
         self.state = State::Ended { since: now, told };
         self.connection.close(CLOSED_BY_USER);
+        self.fail_transfers(FailReason::Closed, outbox);
     }
 
     /// Ends the session: everything under way fails with `reason`.
@@ -577,7 +590,24 @@ impl Session {
         let State::Ended { since, told } = self.state else {
             return false;
         };
-        self.detaching.is_empty() && (told || now.since(since) >= GOODBYE_LIMIT)
+        let empty = self.incoming.is_empty() && self.outgoing.is_empty();
+        empty && self.detaching.is_empty() && (told || now.since(since) >= GOODBYE_LIMIT)
+    }
+
+    /// Whether the device has kept the memory of an ended session for so long
+    /// that it will not give it back by itself.
+    pub(super) fn is_stuck(&self, now: Time) -> bool {
+        let State::Ended { since, .. } = self.state else {
+            return false;
+        };
+        self.is_detaching() && now.since(since) >= STUCK_LIMIT
+    }
+
+    /// Whether frames may still refer to this memory of an ended transfer.
+    pub(super) fn detaches(&self, attachment: Attachment) -> bool {
+        self.detaching
+            .iter()
+            .any(|detaching| detaching.attachment == attachment)
     }
 
     /// When this session next wants [`Session::handle_timeout`] or
@@ -590,7 +620,8 @@ impl Session {
                 ask_next,
             } => Some((*ask_next).min(*began + opening.limit)),
             State::Probing { opening, began } => Some(*began + opening.limit),
-            State::Ended { since, .. } => Some(*since + GOODBYE_LIMIT),
+            State::Ended { since, told } if !told => Some(*since + GOODBYE_LIMIT),
+            State::Ended { since, .. } => Some(*since + STUCK_LIMIT),
             State::Open => None,
         };
         opening

@@ -1,0 +1,5 @@
+//! Two UDP engines, each on its own thread, over two devices joined in memory.
+
+mod faults;
+mod harness;
+mod transfers;
