@@ -23,7 +23,7 @@ fn main() {
     let allocate = |len| arena.allocate(len).expect("the arena is large enough");
     for live in [1, 1_000, 10_000] {
         let arena_ns = churn(live, allocate);
-        let heap_ns = churn(live, |len| Vec::<u8>::with_capacity(len));
+        let heap_ns = churn(live, Vec::<u8>::with_capacity);
         println!(
             "{live:>6} live: arena {:.0} ns (worst batch {:.0}), heap {:.0} ns (worst batch {:.0})",
             arena_ns.0, arena_ns.1, heap_ns.0, heap_ns.1
