@@ -54,6 +54,7 @@ impl Node {
         end: Option<PairDevice>,
         listen: std::net::IpAddr,
         streams: u16,
+        mtu: u16,
     ) -> Result<Self, BenchError> {
         let config = udp::Config {
             liveness: LIVENESS,
@@ -74,7 +75,7 @@ impl Node {
             Kind::Dpdk => {
                 let device = device.ok_or_else(|| refused(&"no device: give --dpdk-device"))?;
                 let spec: DeviceSpec = device.parse().map_err(|error| refused(&error))?;
-                let open = move || dpdk::Port::open(&spec, &dpdk_options());
+                let open = move || dpdk::Port::open(&spec, &dpdk_options(mtu));
                 let (running, local) =
                     udp::spawn(config, open).map_err(|error| refused(&chain(&error)))?;
                 (running, Local::Dpdk(local))
@@ -195,8 +196,11 @@ pub fn poll<F: Future + Unpin>(future: &mut F) -> Option<F::Output> {
 }
 
 /// How DPDK is brought up: on huge pages if there are enough for two processes.
-pub fn dpdk_options() -> dpdk::Options {
-    let options = dpdk::Options::default();
+pub fn dpdk_options(mtu: u16) -> dpdk::Options {
+    let options = dpdk::Options {
+        mtu,
+        ..dpdk::Options::default()
+    };
     let free = super::environment::free_hugepages() << 21;
     let wanted = 2 * (u64::from(options.memory_mib) << 20);
     dpdk::Options {

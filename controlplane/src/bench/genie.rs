@@ -49,12 +49,14 @@ impl Session {
         start: impl FnOnce() -> Result<Node, BenchError>,
         device: Option<String>,
         streams: u16,
+        mtu: u16,
     ) -> Result<Self, BenchError> {
         let mut node = start()?;
         let request = Request::Start {
             kind,
             device,
             streams,
+            mtu,
         };
         let (local, session) = match ask(channel, &request)? {
             Reply::Started(local, session) => (local, session),

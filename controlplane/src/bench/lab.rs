@@ -12,6 +12,14 @@ use super::run::print;
 /// What builds the two hosts; one copy for people and for this command.
 const SCRIPT: &str = include_str!("../../../scripts/netns");
 
+/// What the script gives the hosts unless it is told otherwise.
+const HOST_MTU: &str = "1500";
+
+/// DPDK on a host's own interface. Frames must fit the packet buffers of that
+/// MTU (1600 bytes) and fill their block: the driver takes the ring for one
+/// array, the kernel starts each block anew. 256 frames are 101 pages.
+const HOST_DEVICE: &str = "vdev:net_af_packet0,iface=wire0,framesz=1616,blocksz=413696";
+
 /// The two hosts, until dropped.
 struct Lab {
     name: String,
@@ -29,7 +37,12 @@ pub fn run(profile: &str, args: &BenchArgs, json: bool) -> Result<(), BenchError
     report.wire = Some(wire?);
     report.command = std::env::args().collect::<Vec<_>>().join(" ");
     report.notes.push(format!(
-        "lab profile {profile}; the hosts' kernels use cubic unless a row says otherwise"
+        "lab profile {profile}; Genie's TCP rows use {}, iperf3's what their names say",
+        report
+            .environment
+            .tcp_congestion
+            .as_deref()
+            .unwrap_or("an unknown congestion control")
     ));
     print(&report, json, args.csv.as_deref())?;
     match report.first_failure() {
@@ -54,15 +67,6 @@ impl Lab {
             peer: None,
         };
         lab.script(&["up", profile])?;
-        for host in ["a", "b"] {
-            lab.script(&[
-                "exec",
-                host,
-                "sysctl",
-                "-qw",
-                "net.ipv4.tcp_congestion_control=cubic",
-            ])?;
-        }
         Ok(lab)
     }
 
@@ -93,9 +97,7 @@ impl Lab {
         let binary = std::env::current_exe().map_err(BenchError::Channel)?;
         let binary = binary.to_string_lossy();
         let mut words = vec!["exec", "b", &binary, "bench", "--serve", "10.77.0.2:0"];
-        if let Some(device) = device {
-            words.extend(["--dpdk-device", device]);
-        }
+        words.extend(["--dpdk-device", device.unwrap_or(HOST_DEVICE)]);
         let mut command = self.command(&words);
         let child = command
             .stdin(Stdio::null())
@@ -124,6 +126,12 @@ impl Lab {
         words.push(binary.to_string_lossy().into_owned());
         words.extend(without_lab(std::env::args().skip(1)));
         words.extend(["--json", "--peer", address].map(str::to_owned));
+        if !words.iter().any(|word| word.starts_with("--dpdk-device")) {
+            words.extend(["--dpdk-device", HOST_DEVICE].map(str::to_owned));
+        }
+        if !words.iter().any(|word| word.starts_with("--mtu")) {
+            words.extend(["--mtu", HOST_MTU].map(str::to_owned));
+        }
         if !words.iter().any(|word| word.starts_with("--congestion")) {
             words.extend(["--congestion", "cubic,bbr"].map(str::to_owned));
         }

@@ -29,6 +29,8 @@ pub enum Request {
         device: Option<String>,
         /// Connections.
         streams: u16,
+        /// Largest IP packet on a DPDK device.
+        mtu: u16,
     },
     /// Open a session with the measuring process's engine.
     Open {

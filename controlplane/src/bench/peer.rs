@@ -104,11 +104,12 @@ impl Peer {
                 kind,
                 device,
                 streams,
+                mtu,
             } => {
                 let device = device.or_else(|| self.device.clone());
                 let end = self.pairs.as_ref().and_then(|pairs| pairs.try_recv().ok());
                 let listen = self.channel.local().map_err(BenchError::Channel)?.ip();
-                let node = Node::start(kind, device.as_deref(), end, listen, streams)?;
+                let node = Node::start(kind, device.as_deref(), end, listen, streams, mtu)?;
                 let reply = Reply::Started(node.local.clone(), node.session);
                 self.node = Some(node);
                 Ok(reply)

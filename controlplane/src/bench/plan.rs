@@ -91,6 +91,9 @@ pub struct BenchArgs {
     /// This end's device, for --peer and --serve: pci:…, vdev:… or pair:…
     #[arg(long, value_name = "SPEC")]
     pub dpdk_device: Option<String>,
+    /// Largest IP packet on DPDK devices, in bytes
+    #[arg(long, default_value_t = 9000, value_parser = clap::value_parser!(u16).range(576..))]
+    pub mtu: u16,
     /// Kernel TCP's congestion controls to run iperf3 with (default: the kernel's own)
     #[arg(long, value_delimiter = ',', value_name = "LIST")]
     pub congestion: Vec<String>,

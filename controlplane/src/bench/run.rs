@@ -213,7 +213,7 @@ impl<'a> Bench<'a> {
     ) -> Result<(Other, Session, Pool), BenchError> {
         let mut other = self.connect()?;
         let pool = self.take_memory(&mut other, rows)?;
-        let streams = self.plan.streams;
+        let (streams, mtu) = (self.plan.streams, self.args.mtu);
         let folder = other
             .folder
             .as_ref()
@@ -234,8 +234,8 @@ impl<'a> Bench<'a> {
             _ => None,
         };
         let listen = other.channel.local().map_err(BenchError::Channel)?.ip();
-        let start = || Node::start(kind, ours.as_deref(), end, listen, streams);
-        let session = Session::open(&mut other.channel, kind, start, theirs, streams)?;
+        let start = || Node::start(kind, ours.as_deref(), end, listen, streams, mtu);
+        let session = Session::open(&mut other.channel, kind, start, theirs, streams, mtu)?;
         Ok((other, session, pool))
     }
 

@@ -17,6 +17,9 @@ const HEAD_BYTES: usize = 94;
 /// What is sent from and received into: beyond any second-level cache.
 const REGION_BYTES: usize = 64 << 20;
 
+/// Room for the frames that are sent.
+const MTU: u16 = 9000;
+
 /// Frames before the clock starts.
 const WARM_UP: Duration = Duration::from_millis(200);
 
@@ -64,7 +67,7 @@ impl Use {
 fn open(device: &str) -> Result<Port, BenchError> {
     let refused = |error: &dyn std::fmt::Display| BenchError::Engine(Kind::Dpdk, error.to_string());
     let spec: DeviceSpec = device.parse().map_err(|error| refused(&error))?;
-    Port::open(&spec, &dpdk_options()).map_err(|error| refused(&error))
+    Port::open(&spec, &dpdk_options(MTU)).map_err(|error| refused(&error))
 }
 
 fn wait_for_link(port: &Port) -> Result<(), BenchError> {
