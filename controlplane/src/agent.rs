@@ -226,6 +226,7 @@ fn start_tcp(config: &Config) -> Result<Started, AgentError> {
         streams: config.streams,
         liveness: config.liveness,
         open_limit: config.liveness,
+        ..tcp::Config::default()
     };
     let (running, data) = tcp::spawn(tcp)
         .map_err(|source| refused_listen("the data address", config.data, "--data", source))?;

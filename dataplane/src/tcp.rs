@@ -47,6 +47,10 @@ pub struct Config {
     /// How long opening a session may take, and how long a connection that
     /// was accepted may take to say which session it belongs to.
     pub open_limit: Duration,
+    /// How long transfers may be under way without one byte of them moving, or
+    /// one of them ending, before the session is lost. For peers that answer
+    /// but do nothing.
+    pub progress_limit: Duration,
 }
 
 /// Proves that a data connection belongs to a session; known to its two agents only.
@@ -104,6 +108,7 @@ impl Default for Config {
             streams: 2,
             liveness: Duration::from_secs(2),
             open_limit: Duration::from_secs(2),
+            progress_limit: Duration::from_secs(30),
         }
     }
 }

@@ -93,8 +93,7 @@ pub fn load() -> Result<Library, LoadError> {
                 searched: vec![format!("{VARIABLE}={}", path.display())],
             });
         }
-        check_owner(&path, &trusted_users(None))?;
-        return open(&path);
+        return open(&check_owner(&path, &trusted_users(None))?);
     }
     let mut searched = Vec::new();
     if let Ok(program) = std::env::current_exe()
@@ -106,8 +105,7 @@ pub fn load() -> Result<Library, LoadError> {
             let owner = std::fs::metadata(&program)
                 .ok()
                 .map(|program| program.uid());
-            check_owner(&path, &trusted_users(owner))?;
-            return open(&path);
+            return open(&check_owner(&path, &trusted_users(owner))?);
         }
         searched.push(folder.display().to_string());
     }
@@ -160,8 +158,9 @@ fn trusted_users(beside: Option<u32>) -> Vec<u32> {
     users
 }
 
-/// Refuses a file that, or whose folder, somebody else may change.
-fn check_owner(path: &Path, trusted: &[u32]) -> Result<(), LoadError> {
+/// Refuses a file that, or whose folder, somebody else may change. What is
+/// then opened is the file that was looked at, by the name returned.
+fn check_owner(path: &Path, trusted: &[u32]) -> Result<PathBuf, LoadError> {
     let unreadable = |source| LoadError::Unreadable {
         path: path.into(),
         source,
@@ -181,7 +180,7 @@ fn check_owner(path: &Path, trusted: &[u32]) -> Result<(), LoadError> {
             return Err(LoadError::WorldWritable { path });
         }
     }
-    Ok(())
+    Ok(file)
 }
 
 fn open(path: &Path) -> Result<Library, LoadError> {

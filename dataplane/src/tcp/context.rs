@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use genie_proto::SessionId;
 
+use super::Config;
 use crate::engine::{Completion, FailReason, OperationId, Outbox};
 use crate::ledger::Copies;
 
@@ -26,6 +27,8 @@ pub(crate) struct Context {
     pub(crate) liveness: Duration,
     /// How long opening may take.
     pub(crate) open_limit: Duration,
+    /// How long transfers may stand still.
+    pub(crate) progress_limit: Duration,
     epoch: Instant,
 }
 
@@ -47,12 +50,7 @@ const SCRATCH_LEN: usize = 64 << 10;
 
 impl Context {
     /// A context whose clock begins now.
-    pub(crate) fn new(
-        epoll: OwnedFd,
-        completions: Outbox<Completion>,
-        liveness: Duration,
-        open_limit: Duration,
-    ) -> Self {
+    pub(crate) fn new(epoll: OwnedFd, completions: Outbox<Completion>, config: &Config) -> Self {
         let epoch = Instant::now();
         Self {
             now: epoch,
@@ -60,8 +58,9 @@ impl Context {
             completions,
             totals: Totals::default(),
             scratch: vec![0; SCRATCH_LEN],
-            liveness,
-            open_limit,
+            liveness: config.liveness,
+            open_limit: config.open_limit,
+            progress_limit: config.progress_limit,
             epoch,
         }
     }

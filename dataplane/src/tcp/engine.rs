@@ -72,7 +72,7 @@ impl Engine {
             EventFlags::IN,
         )?;
         let completions = Outbox::new(ports.completions);
-        let context = Context::new(epoll, completions, config.liveness, config.open_limit);
+        let context = Context::new(epoll, completions, config);
         Ok(Self {
             commands: ports.commands,
             listener,
@@ -349,7 +349,13 @@ impl Engine {
 
     /// An eighth of the shortest limit: a limit is then kept with a quarter to spare.
     fn tick_every(&self) -> Duration {
-        self.context.liveness.min(self.context.open_limit) / 8
+        let Context {
+            liveness,
+            open_limit,
+            progress_limit,
+            ..
+        } = self.context;
+        liveness.min(open_limit).min(progress_limit) / 8
     }
 
     fn wait(&mut self, events: &mut Vec<epoll::Event>) {

@@ -48,6 +48,8 @@ pub(crate) struct Session {
     /// may overtake the first answer.
     given_up: VecDeque<(TransferId, Reason)>,
     dropped: u64,
+    /// When a byte last moved or a transfer last began or ended.
+    moved_at: Instant,
 }
 
 #[derive(Debug)]
@@ -95,6 +97,7 @@ impl Session {
             sendable: VecDeque::new(),
             given_up: VecDeque::with_capacity(GIVEN_UP_MAX),
             dropped: 0,
+            moved_at: context.now,
         };
         session.dial(context)?;
         Ok(session)
@@ -217,12 +220,17 @@ impl Session {
         into: Lease,
         context: &mut Context,
     ) {
+        self.moved_at = context.now;
         if self.incoming.contains_key(&transfer) {
+            drop(into);
             return context.fail(operation, refused("the id is in use"));
         }
         let applied = match genie_proto::transfer::Incoming::new(into.len() as u64) {
             Ok(applied) => applied,
-            Err(error) => return context.fail(operation, refused(&error.to_string())),
+            Err(error) => {
+                drop(into);
+                return context.fail(operation, refused(&error.to_string()));
+            }
         };
         self.incoming.insert(
             transfer,
@@ -243,7 +251,9 @@ impl Session {
         from: Lease,
         context: &mut Context,
     ) {
+        self.moved_at = context.now;
         if self.outgoing.contains_key(&transfer) {
+            drop(from);
             return context.fail(operation, refused("the id is in use"));
         }
         self.outgoing
@@ -313,6 +323,13 @@ impl Session {
                 ))));
             }
             self.write(index, context)?;
+        }
+        let idle = self.incoming.is_empty() && self.outgoing.is_empty();
+        if !idle && context.now.duration_since(self.moved_at) >= context.progress_limit {
+            return Err(Ended::from(FailReason::PathLost(format!(
+                "the peer answers, but no transfer moved for {:?}",
+                context.progress_limit
+            ))));
         }
         Ok(())
     }

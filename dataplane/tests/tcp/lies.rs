@@ -7,14 +7,15 @@ use std::time::Duration;
 use genie_dataplane::endpoint::Transfer;
 use genie_dataplane::engine::FailReason;
 use genie_dataplane::memory::Lease;
+
 use genie_dataplane::tcp::frame::{
     HEADER_LEN, HELLO_LEN, Header, Hello, Kind, Malformed, Reason, Verdict,
 };
-use genie_dataplane::tcp::{Role, Token};
+use genie_dataplane::tcp::{self, Role, Token};
 use genie_dataplane::{SessionId, TransferId};
 
 use crate::harness::{
-    Engine, Link, PATIENCE, TOKEN, assert_given_back, bytes, empty, filled, quick,
+    Engine, Link, PATIENCE, TOKEN, assert_given_back, bytes, empty, filled, patient, quick,
 };
 
 const OURS: SessionId = SessionId(4711);
@@ -419,4 +420,41 @@ fn who_does_not_belong_is_refused_and_disturbs_nobody() {
     assert!(matches!(answer, Ok(hello) if hello.verdict == Verdict::UnknownSession));
     link.move_and_check(&filled(1 << 20, 1));
     link.stop();
+}
+
+#[test]
+fn a_peer_that_answers_and_does_nothing_is_lost_too() {
+    let config = tcp::Config {
+        progress_limit: Duration::from_millis(800),
+        ..patient()
+    };
+    let mut peer = Peer::of(Engine::start(config));
+    let into = empty(128);
+    let (id, received) = peer.expect(&into);
+    // A chunk is movement; then nothing but PONGs.
+    std::thread::sleep(Duration::from_millis(50));
+    peer.chunk(id, 0, &[1; 64]);
+    let mut socket = peer.socket.try_clone().unwrap();
+    let answering = std::thread::spawn(move || {
+        let mut bytes = [0; HEADER_LEN];
+        while socket.read_exact(&mut bytes).is_ok() {
+            let header = Header::parse(&bytes).unwrap();
+            if header.kind == Kind::Ping {
+                let pong = Header::plain(Kind::Pong, header.offset);
+                if socket.write_all(&pong.encode()).is_err() {
+                    break;
+                }
+            }
+        }
+    });
+    let (lost, _) = peer.engine.await_lost();
+    assert_eq!(lost.session, peer.id);
+    let answer = received.wait();
+    assert!(
+        matches!(&answer, Err(FailReason::PathLost(why)) if why.contains("no transfer moved")),
+        "{answer:?}"
+    );
+    assert_given_back(&into);
+    peer.engine.stop();
+    answering.join().unwrap();
 }

@@ -247,6 +247,7 @@ impl Session {
             incoming.applied.apply(header.offset, len as u64, crc);
         }
         context.totals.received_bytes += len as u64;
+        self.moved_at = context.now;
         if incoming.applied.is_complete() {
             let digest = incoming.applied.digest();
             incoming.done = Some(digest);
@@ -298,6 +299,7 @@ impl Session {
         }
         self.answer(index, Header::about(Kind::DoneOk, transfer));
         if let Some(outgoing) = self.outgoing.remove(&transfer) {
+            self.moved_at = context.now;
             let operation = outgoing.operation;
             drop(outgoing);
             let result = Ok(receipt(bytes, digest));
@@ -326,6 +328,7 @@ impl Session {
             return Ok(());
         }
         if let Some(incoming) = self.incoming.remove(&header.transfer) {
+            self.moved_at = context.now;
             let (operation, bytes) = (incoming.operation, incoming.into.len() as u64);
             drop(incoming);
             let result = Ok(receipt(bytes, digest));

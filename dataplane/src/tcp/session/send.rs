@@ -99,10 +99,12 @@ impl Session {
             return Ok(None);
         }
         let (outgoing, totals) = (&mut self.outgoing, &mut context.totals);
+        let (moved_at, now) = (&mut self.moved_at, context.now);
         let mut given_up = ArrayVec::<TransferId, FRAMES_MAX>::new();
         let flushed = stream.writer.flush(&stream.socket, |chunk| {
             totals.copies.kernel += chunk.len as u64;
             totals.sent_bytes += chunk.len as u64;
+            *moved_at = now;
             if let Some(outgoing) = outgoing.get_mut(&chunk.transfer) {
                 outgoing.writing -= 1;
                 if outgoing.writing == 0 && outgoing.failed.is_some() {
