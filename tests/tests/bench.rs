@@ -1,0 +1,179 @@
+//! `genie bench` across processes: its schema, its honesty, its refusals.
+
+use std::time::Duration;
+
+use genie_tests::{Running, genie_command};
+use serde_json::Value;
+
+/// Long enough for short rows on a machine that does other things too.
+const LIMIT: Duration = Duration::from_secs(120);
+
+fn bench(args: &str) -> genie_tests::Output {
+    let mut command = genie_command();
+    command.arg("bench").args(args.split(' '));
+    Running::start(command).wait(LIMIT)
+}
+
+fn report(args: &str) -> Value {
+    let output = bench(&format!("--json {args}"));
+    assert!(output.status.success(), "{}", output.stderr);
+    serde_json::from_str(&output.stdout).expect("--json prints JSON")
+}
+
+fn number(row: &Value, field: &str) -> f64 {
+    row[field]
+        .as_f64()
+        .unwrap_or_else(|| panic!("no {field} in {row}"))
+}
+
+const SHORT: &str = "--repeats 3 --duration 100ms --warmup 20ms";
+
+#[test]
+fn a_row_has_every_field_and_they_agree() {
+    let report = report(&format!(
+        "--spawn --transport tcp --hot --op send,pingpong --block-size 4k,1m \
+         --check-consistency --baseline memcpy,tcp {SHORT}"
+    ));
+    assert_eq!(report["schema"], 1);
+    assert!(report["environment"]["cpus"].as_u64().unwrap() > 0);
+    assert!(report["date"].as_str().unwrap().ends_with('Z'));
+    let rows = report["rows"].as_array().unwrap();
+    assert_eq!(rows.len(), 4);
+    for row in rows {
+        assert_eq!(
+            (&row["verified"], &row["error"]),
+            (&Value::Bool(true), &Value::Null),
+            "{row}"
+        );
+        assert_eq!(
+            (&row["transport"], &row["device"]),
+            (&"tcp".into(), &"tcp → tcp".into())
+        );
+        let rate = number(row, "gb_per_s");
+        let blocks = number(row, "blocks_per_s") * number(row, "block_size") / 1e9;
+        // Medians of the same repeats.
+        assert!((rate - blocks).abs() < 1e-6 * rate.max(1e-6), "{row}");
+        let [p50, p99] = ["p50_us", "p99_us"].map(|field| number(row, field));
+        assert!(0.0 < p50 && p50 <= p99, "{row}");
+        // One at a time: the mean latency and the rate are the same fact.
+        let from_latency = number(row, "block_size") / number(row, "avg_us") / 1e3;
+        assert!(rate <= from_latency * 1.2, "{row}");
+        assert!(number(row, "cpu_s_per_gb") > 0.0 && number(row, "copies_per_byte") >= 0.0);
+        assert!(!row["reasons"].as_array().unwrap().is_empty());
+        let [low, high] = [0, 1].map(|end| row["gb_per_s_ci95"][end].as_f64().unwrap());
+        assert!(low <= high);
+    }
+    let baselines = report["baselines"].as_array().unwrap();
+    let named = |name: &str| {
+        baselines
+            .iter()
+            .any(|row| row["name"].as_str().unwrap().starts_with(name))
+    };
+    assert!(
+        named("memcpy") && named("bare tcp send") && named("bare tcp pingpong"),
+        "{report}"
+    );
+    assert!(baselines.iter().all(|row| number(row, "gb_per_s") > 0.0));
+}
+
+#[test]
+fn both_ends_in_one_process_measure_the_protocol_without_a_driver() {
+    let report = report(&format!(
+        "--in-process --transport mem --hot --op send --block-size 64k --batch-size 4 \
+         --check-consistency --baseline none {SHORT}"
+    ));
+    let row = &report["rows"][0];
+    assert_eq!(
+        (&row["verified"], &row["device"]),
+        (&true.into(), &"mem_pair → mem_pair".into())
+    );
+    // The device copies on one side, the engine places on the other.
+    assert!(number(row, "copies_per_byte") > 0.99 && number(row, "driver_copies_per_byte") > 0.99);
+}
+
+#[test]
+fn a_rate_is_kept_and_latency_counts_from_when_a_block_was_due() {
+    let report = report(&format!(
+        "--spawn --transport tcp --hot --op send --block-size 4k --rate 200 --batch-size 8 \
+         --baseline none --repeats 3 --duration 500ms --warmup 20ms"
+    ));
+    let blocks = number(&report["rows"][0], "blocks_per_s");
+    assert!((150.0..=210.0).contains(&blocks), "{report}");
+}
+
+#[test]
+fn a_device_that_is_not_there_is_a_row_with_a_reason_and_a_failure() {
+    let output = bench(&format!(
+        "--json --in-process --transport dpdk,tcp --hot --op send --block-size 4k --baseline none {SHORT}"
+    ));
+    output.assert_fails_with("1 of 2 rows have no figures");
+    let report: Value = serde_json::from_str(&output.stdout).unwrap();
+    let failed = &report["rows"][0];
+    assert_eq!(
+        (&failed["gb_per_s"], &failed["verified"]),
+        (&Value::Null, &false.into())
+    );
+    assert!(
+        failed["error"].as_str().unwrap().contains("dpdk"),
+        "{failed}"
+    );
+    assert_eq!(
+        report["rows"][1]["verified"], true,
+        "the other transport is measured all the same"
+    );
+}
+
+#[test]
+fn what_is_not_there_by_default_is_said_and_is_no_failure() {
+    // Nobody has a raw device of another host's.
+    let report = report(&format!(
+        "--in-process --transport tcp --hot --op send --block-size 4k {SHORT}"
+    ));
+    let missing = report["not_measured"].as_array().unwrap();
+    assert!(
+        missing
+            .iter()
+            .any(|one| one["name"] == "raw" && one["reason"].is_string()),
+        "{report}"
+    );
+}
+
+#[test]
+fn what_is_not_built_is_a_usage_error() {
+    for (args, reason) in [
+        ("--spawn --op read", "one-sided"),
+        ("--spawn --digest off", "checks every byte"),
+        ("--spawn --transport mem", "--in-process"),
+        ("--spawn --block-size 0", "--block-size"),
+    ] {
+        let output = bench(args);
+        assert_eq!(output.status.code(), Some(2), "{args}");
+        assert!(output.stderr.contains(reason), "{args}: {}", output.stderr);
+    }
+}
+
+#[test]
+fn values_are_written_for_spreadsheets() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("rows.csv");
+    let file = file.to_str().unwrap();
+    let output = bench(&format!(
+        "--spawn --transport tcp --hot --op send --block-size 4k --baseline none --csv {file} {SHORT}"
+    ));
+    assert!(output.status.success(), "{}", output.stderr);
+    assert!(
+        output.stdout.contains("tcp send hot 4096"),
+        "{}",
+        output.stdout
+    );
+    let text = std::fs::read_to_string(file).unwrap();
+    assert_eq!(text.lines().count(), 2, "{text}");
+}
+
+#[test]
+fn a_peer_that_is_gone_is_an_error_at_once() {
+    let output =
+        bench("--peer 127.0.0.1:9 --transport tcp --op send --block-size 4k --baseline none");
+    output.assert_fails_with("rows have no figures");
+    assert!(output.took < Duration::from_secs(20), "{:?}", output.took);
+}
