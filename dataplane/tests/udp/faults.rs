@@ -14,32 +14,6 @@ use crate::harness::{
     Node, block_on, config, connect, eventually, outcome, region, rigs, short, transfer,
 };
 
-/// Defects: simulated success, and a sender that hung when retries ran out.
-#[test]
-fn a_link_that_swallows_everything_fails_both_ends_within_the_limit() {
-    let (a, b) = rigs(&Options::default());
-    let switches = [Arc::clone(&a.switches), Arc::clone(&b.switches)];
-    let (mut a, b) = connect(a, b, short());
-    let destination = region(&[0; 100_000]);
-    let (id, incoming) = block_on(b.endpoint.receive(b.session, destination)).unwrap();
-    for switches in switches {
-        switches.swallows.store(true, Ordering::Relaxed);
-    }
-    let source = region(&[7; 100_000]);
-    let memory = Arc::downgrade(source.region());
-    let outgoing = block_on(a.endpoint.send(a.session, id, source)).unwrap();
-    let failed = outgoing.wait();
-    assert!(matches!(failed, Err(FailReason::PathLost(_))), "{failed:?}");
-    assert!(memory.upgrade().is_none(), "the lease was given back");
-    let lost = a
-        .lost
-        .blocking_recv()
-        .expect("the session is reported as lost");
-    assert_eq!(lost.session, a.session);
-    let failed = incoming.wait();
-    assert!(matches!(failed, Err(FailReason::PathLost(_))), "{failed:?}");
-}
-
 #[test]
 fn opening_toward_nobody_fails_with_the_reason() {
     let (a, b) = pair(&Options::default());

@@ -174,6 +174,8 @@ pub(crate) struct Switches {
     pub(crate) records: AtomicBool,
     /// What was received.
     pub(crate) seen: Mutex<Vec<Vec<u8>>>,
+    /// Frames that somebody else puts on the link.
+    pub(crate) injected: Mutex<Vec<Vec<u8>>>,
 }
 
 /// A device that fails on demand.
@@ -198,6 +200,9 @@ impl Device for Rig {
     }
     fn rx_burst(&mut self, on_frame: &mut dyn FnMut(View<'_>)) -> usize {
         let switches = &self.switches;
+        for frame in switches.injected.lock().unwrap().drain(..) {
+            on_frame(View::from(&frame[..]));
+        }
         self.inner.rx_burst(&mut |view| {
             if switches.records.load(Ordering::Relaxed) {
                 let mut bytes = vec![0; view.len()];

@@ -1,5 +1,6 @@
 //! Two UDP engines, each on its own thread, over two devices joined in memory.
 
+mod defects;
 mod faults;
 mod harness;
 mod transfers;
