@@ -10,7 +10,9 @@ use genie_dataplane::engine::udp::Config;
 use genie_dataplane::ledger::Copies;
 use genie_dataplane::memory::View;
 
-use crate::harness::{Node, block_on, config, connect, contents, random_bytes, region, transfer};
+use crate::harness::{
+    Node, block_on, config, connect, contents, random_bytes, region, rigs, transfer,
+};
 
 #[test]
 fn tensors_of_all_sizes_arrive_in_both_directions() {
@@ -206,4 +208,27 @@ fn sessions_come_and_go_and_leave_nothing() {
         assert!(Instant::now() < limit, "closed sessions stay");
         std::thread::sleep(Duration::from_millis(10));
     }
+}
+
+#[test]
+fn the_smaller_of_two_mtus_is_kept() {
+    let (a, b) = rigs(&Options::default());
+    let watch = std::sync::Arc::clone(&b.switches);
+    let mut a = Node::start(a, config());
+    let mut b = Node::start(b, config());
+    // What each tells the other of itself; the devices take 9000 bytes.
+    a.local.mtu = 4000;
+    b.local.mtu = 2000;
+    std::thread::scope(|scope| {
+        let other = scope.spawn(|| b.open(&a));
+        a.open(&b).unwrap();
+        other.join().unwrap().unwrap();
+    });
+    watch.records.store(true, Ordering::Relaxed);
+    transfer(&a, &b, &[1; 100_000]);
+    let longest = watch.seen.lock().unwrap().iter().map(Vec::len).max();
+    // An Ethernet header more than the MTU, and granules of 64 bytes.
+    let longest = longest.expect("frames arrived");
+    assert!((1900..=2014).contains(&longest), "{longest}");
+    drop((a, b));
 }
