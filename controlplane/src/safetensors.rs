@@ -9,10 +9,10 @@
 
 use std::collections::HashSet;
 use std::fmt;
-use std::fs::{File, Permissions};
+use std::fs::{self, File, Permissions};
 use std::io::{self, Write};
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::{FileExt, PermissionsExt};
+use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt, fchown};
 use std::path::{Path, PathBuf};
 
 use genie_dataplane::memory::{Lease, View};
@@ -27,6 +27,9 @@ pub const HEADER_MAX: u64 = 100_000_000;
 /// Read and written at a time: large enough that system calls do not count,
 /// small enough to stay in the second-level cache.
 const CHUNK: usize = 256 << 10;
+
+/// Symbolic links that are followed, as many as the kernel does.
+const LINKS_MAX: usize = 40;
 
 const METADATA_KEY: &str = "__metadata__";
 
@@ -309,25 +312,24 @@ pub struct Draft {
 }
 
 impl Draft {
-    /// Begins a file that will be called `path`.
+    /// Begins a file that will be called `path`, or what that links to.
+    ///
+    /// A file that is there keeps its mode; anything else that is there, such
+    /// as a device, is refused rather than replaced.
     pub fn create(path: &Path) -> Result<Self, FileError> {
-        let folder = match path.parent() {
-            Some(parent) if !parent.as_os_str().is_empty() => parent,
-            _ => Path::new("."),
+        let refused = |source| FileError::Io {
+            action: "write",
+            path: path.to_owned(),
+            source,
         };
+        let old = old_file(path).map_err(refused)?;
+        let path = follow_links(path).map_err(refused)?;
+        let folder = folder_of(&path);
         let io = |source| FileError::Io {
             action: "write in",
             path: folder.to_owned(),
             source,
         };
-        if path.is_dir() {
-            let source = io::ErrorKind::IsADirectory.into();
-            return Err(FileError::Io {
-                action: "write",
-                path: path.to_owned(),
-                source,
-            });
-        }
         let file = tempfile::Builder::new()
             .prefix(".genie-")
             .suffix(".part")
@@ -335,10 +337,13 @@ impl Draft {
             .permissions(Permissions::from_mode(0o666))
             .tempfile_in(folder)
             .map_err(io)?;
-        Ok(Self {
-            file,
-            path: path.to_owned(),
-        })
+        if let Some(old) = old {
+            // As far as we may; before the mode, which is for this owner.
+            let _ = fchown(file.as_file(), Some(old.uid()), Some(old.gid()));
+            let mode = Permissions::from_mode(old.mode() & 0o777);
+            file.as_file().set_permissions(mode).map_err(io)?;
+        }
+        Ok(Self { file, path })
     }
 
     /// Where the bytes are for now; to be removed if the program is interrupted.
@@ -361,7 +366,7 @@ impl Draft {
         let needed = header.len() as u64 + data_len;
         let failed = |path: &Path, source: io::Error| match source.kind() {
             io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => FileError::Full {
-                path: path.parent().unwrap_or(path).to_owned(),
+                path: folder_of(path).to_owned(),
                 needed,
             },
             _ => FileError::Io {
@@ -411,6 +416,44 @@ impl Draft {
             progress(done);
         }
         Ok(())
+    }
+}
+
+/// The regular file that is to be replaced, if there is one.
+fn old_file(path: &Path) -> io::Result<Option<fs::Metadata>> {
+    let old = match fs::metadata(path) {
+        Ok(old) => old,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(error),
+    };
+    if old.is_dir() {
+        return Err(io::ErrorKind::IsADirectory.into());
+    }
+    if !old.is_file() {
+        let what = "it is there and not a regular file: name another";
+        return Err(io::Error::other(what));
+    }
+    Ok(Some(old))
+}
+
+/// Where a path leads, whether or not anything is there.
+fn follow_links(path: &Path) -> io::Result<PathBuf> {
+    let mut path = path.to_owned();
+    for _ in 0..LINKS_MAX {
+        match fs::read_link(&path) {
+            Ok(target) => path = folder_of(&path).join(target),
+            // Not a link, or nothing yet.
+            Err(_) => return Ok(path),
+        }
+    }
+    Err(rustix::io::Errno::LOOP.into())
+}
+
+/// The folder that holds `path`.
+fn folder_of(path: &Path) -> &Path {
+    match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
     }
 }
 
@@ -616,6 +659,59 @@ mod tests {
         assert!(draft.temporary().exists());
         drop(draft);
         assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
+    }
+
+    /// Writes a file without tensors.
+    fn write_empty(path: &Path) -> Result<(), FileError> {
+        let region = Region::with_backing(4096, Backing::Shmem).unwrap();
+        let from = region.as_fd().try_clone_to_owned().unwrap();
+        Draft::create(path)?.write(&[], None, &from, 0, |_| ())
+    }
+
+    #[test]
+    fn what_is_not_a_regular_file_is_never_replaced() {
+        let folder = tempfile::tempdir().unwrap();
+        let socket = folder.path().join("socket");
+        let _listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+        let link = folder.path().join("link");
+        std::os::unix::fs::symlink(&socket, &link).unwrap();
+        for path in [&socket, &link, Path::new("/dev/null")] {
+            let refused = write_empty(path).unwrap_err().to_string();
+            assert!(refused.contains("not a regular file"), "{refused}");
+            assert!(!fs::metadata(path).unwrap().is_file());
+        }
+        assert!(write_empty(folder.path()).is_err());
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 2);
+    }
+
+    #[test]
+    fn links_are_written_through_and_modes_kept() {
+        let folder = tempfile::tempdir().unwrap();
+        let in_folder = |name: &str| folder.path().join(name);
+        fs::create_dir(in_folder("sub")).unwrap();
+        let target = in_folder("sub/target");
+        let (first, second) = (in_folder("first"), in_folder("second"));
+        std::os::unix::fs::symlink("second", &first).unwrap();
+        std::os::unix::fs::symlink("sub/target", &second).unwrap();
+        write_empty(&first).unwrap();
+        assert!(ModelFile::open(&target).is_ok(), "through a dangling link");
+
+        fs::write(&target, b"old").unwrap();
+        fs::set_permissions(&target, Permissions::from_mode(0o604)).unwrap();
+        write_empty(&first).unwrap();
+        assert!(ModelFile::open(&target).is_ok());
+        assert_eq!(fs::metadata(&target).unwrap().mode() & 0o7777, 0o604);
+        for link in [&first, &second] {
+            assert!(fs::symlink_metadata(link).unwrap().is_symlink());
+        }
+        std::os::unix::fs::symlink("round", in_folder("round")).unwrap();
+        assert!(write_empty(&in_folder("round")).is_err());
+    }
+
+    #[test]
+    fn a_name_without_a_folder_lies_in_the_current_one() {
+        assert_eq!(folder_of(Path::new("x.safetensors")), Path::new("."));
+        assert_eq!(folder_of(Path::new("a/x")), Path::new("a"));
     }
 
     fn view(dtype: Dtype, shape: Vec<usize>, data: &[u8]) -> ::safetensors::tensor::TensorView<'_> {
