@@ -7,3 +7,4 @@
 #![forbid(unsafe_code)]
 
 pub mod emulator;
+pub mod null_pair;

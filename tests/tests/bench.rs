@@ -93,10 +93,10 @@ fn both_ends_in_one_process_measure_the_protocol_without_a_driver() {
 
 #[test]
 fn a_rate_is_kept_and_latency_counts_from_when_a_block_was_due() {
-    let report = report(&format!(
+    let report = report(
         "--spawn --transport tcp --hot --op send --block-size 4k --rate 200 --batch-size 8 \
-         --baseline none --repeats 3 --duration 500ms --warmup 20ms"
-    ));
+         --baseline none --repeats 3 --duration 500ms --warmup 20ms",
+    );
     let blocks = number(&report["rows"][0], "blocks_per_s");
     assert!((150.0..=210.0).contains(&blocks), "{report}");
 }

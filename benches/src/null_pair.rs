@@ -1,0 +1,90 @@
+//! The protocol alone: two connections, no network, no payload.
+
+use genie_proto::{Config, Connection, Event, SessionId, Time, TransferId};
+
+/// Packets of one transfer.
+pub const PACKETS: u64 = 4096;
+
+/// Two connections and no network: what one gives the other takes at once.
+#[derive(Debug)]
+pub struct Pair {
+    ends: [Connection; 2],
+    generation: u32,
+    now: u64,
+}
+
+impl Pair {
+    /// Two that know of each other.
+    #[expect(clippy::new_without_default, reason = "a benchmark makes one, by name")]
+    pub fn new() -> Self {
+        let config = config();
+        let connection = |local, remote| {
+            Connection::new(config.clone(), SessionId(local), SessionId(remote), Time(0))
+        };
+        Self {
+            ends: [connection(1, 2), connection(2, 1)],
+            generation: 0,
+            now: 1,
+        }
+    }
+
+    /// Carries what `from` has to say; `false` if it had nothing.
+    fn carry(&mut self, from: usize) -> bool {
+        let now = Time(self.now);
+        let mut any = false;
+        // A burst at a time, as the engine does.
+        for _ in 0..32 {
+            // The payload's checksum is zero at both ends: only the protocol is measured.
+            let Some(packet) = self.ends[from].poll_transmit(now, |_| 0) else {
+                break;
+            };
+            any = true;
+            let len = packet.head.len() + packet.payload.map_or(0, |segment| segment.len as usize);
+            self.ends[1 - from].handle_datagram(now, &packet.head, len, |_| 0);
+        }
+        any
+    }
+
+    /// Moves one transfer of [`PACKETS`] packets and returns when both ends agree.
+    ///
+    /// # Panics
+    /// If it fails: nothing is lost here.
+    pub fn transfer(&mut self) {
+        let len = PACKETS * config().segment_max();
+        self.generation += 1;
+        let id = TransferId {
+            slot: 0,
+            generation: self.generation,
+        };
+        self.ends[1].receive(id, len).expect("the slot is free");
+        self.ends[0].send(id, len).expect("the slot is free");
+        let mut ended = 0;
+        while ended < 2 {
+            self.now += 1000;
+            let any = self.carry(0) | self.carry(1);
+            for end in &mut self.ends {
+                while let Some(event) = end.poll_event() {
+                    match event {
+                        Event::Sent { .. } | Event::Received { .. } => ended += 1,
+                        other => panic!("{other:?}"),
+                    }
+                }
+            }
+            if !any {
+                // Only an acknowledgement waits for company.
+                self.now += 200_000;
+                for end in &mut self.ends {
+                    end.handle_timeout(Time(self.now));
+                }
+            }
+        }
+    }
+}
+
+fn config() -> Config {
+    // A port of MTU 9000: less 40 of IPv6 and 8 of UDP.
+    Config {
+        datagram_max: 8952,
+        ..Config::default()
+    }
+}
