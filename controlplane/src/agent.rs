@@ -114,6 +114,7 @@ async fn serve(config: Config, json: bool) -> Result<(), AgentError> {
         name: config.name.clone(),
         preference: config.transport.clone(),
         liveness: config.liveness,
+        stall: config.stall,
         transports,
         store_bytes: config.store_bytes,
         arena_bytes: config.arena_bytes,
@@ -131,6 +132,7 @@ async fn serve(config: Config, json: bool) -> Result<(), AgentError> {
         () = accept_applications(&node, &applications) => {}
         name = stop.wait() => tracing::info!("{name}: stopping"),
     }
+    node.stop();
     drop((listener, applications, socket));
     drain(&node, &mut stop).await;
     node.end_sessions("this agent was stopped");
@@ -226,7 +228,7 @@ fn start_tcp(config: &Config) -> Result<Started, AgentError> {
         streams: config.streams,
         liveness: config.liveness,
         open_limit: config.liveness,
-        ..tcp::Config::default()
+        progress_limit: config.stall,
     };
     let (running, data) = tcp::spawn(tcp)
         .map_err(|source| refused_listen("the data address", config.data, "--data", source))?;

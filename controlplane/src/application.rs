@@ -34,7 +34,7 @@ use crate::node::Node;
 use crate::session::SessionError;
 use crate::status::AgentStatus;
 use crate::store::{Allocation, Listed, Owner};
-use crate::tensor::{Metadata, TENSORS_MAX, TensorError, TensorInfo};
+use crate::tensor::{ListLimit, Metadata, TensorError, TensorInfo};
 use crate::transfer::{self, Arrived, Moved, Progress, Source, TransferError};
 
 /// Carries a descriptor between two frames.
@@ -253,6 +253,9 @@ impl Application {
     async fn arena(&mut self, bytes: u64) -> Result<(), ApplicationError> {
         // One arena a connection: the one before goes first, to make room.
         self.arena = None;
+        if self.node.begin().is_none() {
+            return self.fail(TransferError::Stopping).await;
+        }
         let budget = self.node.arenas.clone();
         let allocated = tokio::task::spawn_blocking(move || budget.allocate(bytes)).await;
         let allocation = match allocated {
@@ -290,13 +293,35 @@ impl Application {
         count: u64,
         metadata: Option<Metadata>,
     ) -> Result<(), ApplicationError> {
-        if count > TENSORS_MAX {
-            return Err(ApplicationError::Unexpected("a batch of too many tensors"));
-        }
+        let begun = ListLimit::new(count, metadata.as_ref()).map_err(TransferError::from);
+        let begun = begun.and_then(|limit| {
+            let charge = self.node.arenas.charge(limit.bytes() as u64)?;
+            Ok((limit, charge))
+        });
+        let (mut limit, mut charge) = match begun {
+            Ok(begun) => begun,
+            Err(error) => {
+                self.fail(error).await?;
+                return Err(ApplicationError::Unexpected("a list that is refused"));
+            }
+        };
         let mut placed = Vec::new();
         while (placed.len() as u64) < count {
             match self.recv().await? {
-                Ask::Tensors(more) if !more.is_empty() => placed.extend(more),
+                Ask::Tensors(more) if !more.is_empty() => {
+                    let checked = more.iter().try_for_each(|one| limit.add(&one.info));
+                    let counted = checked.map_err(TransferError::from).and_then(|()| {
+                        let bytes = limit.bytes() + more.len() * size_of::<u64>();
+                        Ok(charge.grow_to(bytes as u64)?)
+                    });
+                    if let Err(error) = counted {
+                        // What is still to come of the list cannot be told
+                        // from the next request: this ends the connection.
+                        self.fail(error).await?;
+                        return Err(ApplicationError::Unexpected("a list that is refused"));
+                    }
+                    placed.extend(more);
+                }
                 _ => {
                     return Err(ApplicationError::Unexpected(
                         "something instead of its list",
@@ -315,13 +340,15 @@ impl Application {
         );
         let told = progress.clone();
         let operation = async move {
-            let _busy = node.busy();
+            let _charge = charge;
+            let _busy = node.begin().ok_or(TransferError::Stopping)?;
             match remote(&node, to) {
                 Some(peer) => {
                     let session = node.session(&peer).await?;
                     transfer::put(&session, &prefix, sources, metadata, &told).await
                 }
                 None => {
+                    let _given_up = told.give_up_on_drop();
                     let store = node.store.clone();
                     let keep = move || {
                         transfer::put_local(&store, &prefix, &sources, metadata, &owner, &told)
@@ -360,13 +387,14 @@ impl Application {
         let (node, progress) = (Arc::clone(&self.node), Progress::default());
         let told = progress.clone();
         let operation = async move {
-            let _busy = node.busy();
+            let _busy = node.begin().ok_or(TransferError::Stopping)?;
             match remote(&node, from) {
                 Some(peer) => {
                     let session = node.session(&peer).await?;
                     transfer::get(&session, &prefix, &node.arenas, &told).await
                 }
                 None => {
+                    let _given_up = told.give_up_on_drop();
                     let (store, arenas) = (node.store.clone(), node.arenas.clone());
                     let fetch = move || transfer::get_local(&store, &prefix, &arenas, &told);
                     tokio::task::spawn_blocking(fetch)
@@ -407,6 +435,10 @@ impl Application {
     }
 
     async fn list(&mut self, node: Option<String>) -> Result<(), ApplicationError> {
+        let node_here = Arc::clone(&self.node);
+        let Some(_busy) = node_here.begin() else {
+            return self.fail(TransferError::Stopping).await;
+        };
         let listed = match remote(&self.node, node) {
             None => Ok(self.node.store.list()),
             Some(peer) => match self.node.session(&peer).await {
@@ -433,6 +465,10 @@ impl Application {
     }
 
     async fn remove(&mut self, node: Option<String>, name: &str) -> Result<(), ApplicationError> {
+        let node_here = Arc::clone(&self.node);
+        let Some(_busy) = node_here.begin() else {
+            return self.fail(TransferError::Stopping).await;
+        };
         let removed = match remote(&self.node, node) {
             None => self.node.store.remove(name).map_err(TransferError::from),
             Some(peer) => match self.node.session(&peer).await {

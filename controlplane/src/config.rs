@@ -23,6 +23,13 @@ use crate::units::{UnitError, parse_bytes, parse_duration, show_bytes};
 const CONTROL_PORT: u16 = 5555;
 const DATA_PORT: u16 = 5556;
 
+/// After how much silence a peer is given up, if nothing else was said.
+const LIVENESS: Duration = Duration::from_secs(2);
+
+/// How long a peer may take for one step of a request, if nothing else was
+/// said: the longest is clearing memory, which has an allowance of its own.
+const STALL: Duration = Duration::from_secs(30);
+
 /// How long an agent that was told to stop waits for what is under way.
 pub const DRAIN_LIMIT: Duration = Duration::from_secs(10);
 
@@ -82,6 +89,9 @@ pub struct AgentArgs {
     /// Give a silent peer up after this long [default: 2s]
     #[arg(long, value_name = "TIME", env = "GENIE_LIVENESS", value_parser = parse_duration)]
     pub liveness: Option<Duration>,
+    /// Give a request up that makes no progress for this long [default: 30s]
+    #[arg(long, value_name = "TIME", env = "GENIE_STALL", value_parser = parse_duration)]
+    pub stall: Option<Duration>,
     /// TCP connections a session [default: 2]
     #[arg(long, value_name = "N", env = "GENIE_STREAMS", value_parser = clap::value_parser!(u16).range(1..=STREAMS_MAX as i64))]
     pub streams: Option<u16>,
@@ -115,6 +125,8 @@ pub struct Config {
     pub arena_bytes: u64,
     /// After how much silence a peer is given up.
     pub liveness: Duration,
+    /// For how long a request may make no progress.
+    pub stall: Duration,
     /// TCP connections a session.
     pub streams: u16,
     /// Whether it may listen where strangers can reach it.
@@ -192,11 +204,12 @@ struct File {
     store_bytes: Option<Number>,
     arena_bytes: Option<Number>,
     liveness: Option<String>,
+    stall: Option<String>,
     streams: Option<u16>,
     allow_unauthenticated: bool,
 }
 
-const KEYS: [&str; 13] = [
+const KEYS: [&str; 14] = [
     "name",
     "listen",
     "data",
@@ -208,6 +221,7 @@ const KEYS: [&str; 13] = [
     "store-bytes",
     "arena-bytes",
     "liveness",
+    "stall",
     "streams",
     "allow-unauthenticated",
 ];
@@ -270,11 +284,12 @@ impl Config {
         } else {
             args.dpdk_address
         };
-        let liveness = match (args.liveness, file.liveness) {
-            (Some(liveness), _) => liveness,
-            (None, Some(text)) => parse_duration(&text)
-                .map_err(|error: UnitError| value("liveness")(error.to_string()))?,
-            (None, None) => Duration::from_secs(2),
+        let time = |arg: Option<Duration>, file: Option<String>, key, default| match (arg, file) {
+            (Some(time), _) => Ok(time),
+            (None, Some(text)) => {
+                parse_duration(&text).map_err(|error: UnitError| value(key)(error.to_string()))
+            }
+            (None, None) => Ok(default),
         };
         let bytes = |arg: Option<u64>, file: Option<Number>, key| match (arg, file) {
             (Some(bytes), _) | (None, Some(Number::Plain(bytes))) => Ok(bytes),
@@ -284,7 +299,9 @@ impl Config {
             (None, None) => Ok(quarter_of_memory()),
         };
         let peers = if args.peer.is_empty() {
-            file.peer
+            let parse =
+                |(name, address)| parse_peer(&format!("{name}={address}")).map_err(value("peer"));
+            file.peer.into_iter().map(parse).collect::<Result<_, _>>()?
         } else {
             args.peer.into_iter().collect()
         };
@@ -305,7 +322,8 @@ impl Config {
             peers,
             store_bytes: bytes(args.store_bytes, file.store_bytes, "store-bytes")?,
             arena_bytes: bytes(args.arena_bytes, file.arena_bytes, "arena-bytes")?,
-            liveness,
+            liveness: time(args.liveness, file.liveness, "liveness", LIVENESS)?,
+            stall: time(args.stall, file.stall, "stall", STALL)?,
             streams: args.streams.or(file.streams).unwrap_or(2),
             allow_unauthenticated: args.allow_unauthenticated || file.allow_unauthenticated,
         };
@@ -343,14 +361,17 @@ impl Config {
 
     /// What must be said of security, if anything.
     pub fn warning(&self) -> Option<String> {
-        let exposed = [self.listen, self.data]
-            .iter()
-            .any(|address| !address.ip().is_loopback());
-        exposed.then(|| {
+        let addresses = [self.listen, self.data].into_iter();
+        let exposed = addresses.filter(|address| !address.ip().is_loopback());
+        let mut exposed: Vec<String> = exposed.map(|address| address.to_string()).collect();
+        if let Some(DeviceSpec::Pci(device)) = &self.dpdk_device {
+            exposed.push(format!("the network of pci:{device}"));
+        }
+        (!exposed.is_empty()).then(|| {
             format!(
-                "anybody who can reach {} or {} can read and change every tensor: \
+                "anybody who can reach {} can read and change every tensor: \
                  sessions are not authenticated; use a private test network only",
-                self.listen, self.data
+                exposed.join(" or ")
             )
         })
     }
@@ -517,6 +538,7 @@ mod tests {
         assert_eq!(config.store_bytes, 1 << 30);
         assert_eq!(config.transport.to_string(), "tcp");
         assert_eq!(config.peers["b"], "127.0.0.1:7000");
+        assert_eq!(config.stall, STALL);
         assert_eq!(config.listen, "127.0.0.1:5555".parse().unwrap());
         assert_eq!(config.data, "127.0.0.1:5556".parse().unwrap());
     }
@@ -536,6 +558,7 @@ mod tests {
         assert!(refusal("streams = 'four'").contains("streams"));
         assert!(refusal("streams = 0").contains("between 1 and"));
         assert!(refusal("liveness = '2 weeks'").contains("liveness"));
+        assert!(refusal("stall = 'never'").contains("stall"));
         assert!(refusal("transport = 'rdma'").contains("rdma"));
         assert!(refusal("name = 'a/b'").contains("a/b"));
         assert!(refusal("name = 'b'\n[peer]\nb = 'x'").contains("own name"));
@@ -549,6 +572,11 @@ mod tests {
         let config = load(args(), allowed).unwrap();
         assert!(config.warning().unwrap().contains("not authenticated"));
         assert_eq!(load(args(), "").unwrap().warning(), None);
+        // A NIC of its own does not care where the control plane listens.
+        let nic = load(args(), "dpdk-device = 'pci:0000:01:00.0'").unwrap();
+        assert!(nic.warning().unwrap().contains("pci:0000:01:00.0"));
+        let pair = load(args(), "dpdk-device = 'pair:/tmp/x'").unwrap();
+        assert_eq!(pair.warning(), None);
     }
 
     #[test]
@@ -562,6 +590,11 @@ mod tests {
         for bad in ["b", "=x", "b=", "a:b=x", "b=host:port", "b=:1"] {
             assert!(peer(bad).is_err(), "{bad}");
         }
+        let config = load(args(), "[peer]\nb = 'host'\nc = '::1'\n").unwrap();
+        assert_eq!(config.peers["b"], "host:5555");
+        assert_eq!(config.peers["c"], "[::1]:5555");
+        assert!(refusal("[peer]\nb = 'host:port'").contains("NAME=ADDRESS"));
+        assert!(refusal("[peer]\nb = ''").contains("peer"));
     }
 
     proptest! {

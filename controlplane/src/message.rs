@@ -25,7 +25,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::negotiation::Refusal;
 use crate::store::Listed;
-use crate::tensor::{Metadata, TensorInfo};
+use crate::tensor::{Metadata, TensorInfo, metadata_bytes};
 use crate::transport::{Offer, Preference, Transport};
 
 /// Names one run of an agent; a restarted agent has another.
@@ -184,6 +184,23 @@ pub struct Outcome {
     pub copies: Copies,
     /// CRC32C of all tensors' bytes in the order of their names.
     pub digest: u32,
+}
+
+impl Message {
+    /// Roughly the memory that a message of a request takes beyond its own size.
+    pub fn held_bytes(&self) -> usize {
+        match self {
+            Self::Tensors { tensors, .. } => tensors.iter().map(TensorInfo::held_bytes).sum(),
+            Self::Listed { tensors, .. } => tensors.iter().map(Listed::held_bytes).sum(),
+            Self::Granted { transfers, .. } => size_of_val(&transfers[..]),
+            Self::Found { metadata, .. } => metadata_bytes(metadata.as_ref()),
+            Self::Done {
+                result: Err(reason),
+                ..
+            } => reason.len(),
+            _ => 0,
+        }
+    }
 }
 
 impl fmt::Display for Instance {

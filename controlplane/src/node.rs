@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::net::SocketAddr;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -27,6 +27,8 @@ pub struct Node {
     pub preference: Preference,
     /// After how much silence a peer is given up.
     pub liveness: Duration,
+    /// For how long a request may make no progress.
+    pub stall: Duration,
     /// Transports that run, and why the others do not.
     pub transports: Transports,
     /// The tensors kept here.
@@ -45,6 +47,7 @@ pub struct Node {
     pub started: Instant,
     live: Mutex<HashMap<(Transport, SessionId), Arc<Session>>>,
     busy: AtomicUsize,
+    stopping: AtomicBool,
 }
 
 /// A peer that can be dialled.
@@ -64,6 +67,8 @@ pub struct Parts {
     pub preference: Preference,
     /// After how much silence a peer is given up.
     pub liveness: Duration,
+    /// For how long a request may make no progress.
+    pub stall: Duration,
     /// Transports that run.
     pub transports: Transports,
     /// Limit of the store.
@@ -101,6 +106,7 @@ impl Node {
             instance: Instance(random()),
             preference: parts.preference,
             liveness: parts.liveness,
+            stall: parts.stall,
             transports: parts.transports,
             store: Store::new(parts.store_bytes),
             arenas: Budget::new("arena memory", "--arena-bytes", parts.arena_bytes),
@@ -111,6 +117,7 @@ impl Node {
             started: Instant::now(),
             live: Mutex::default(),
             busy: AtomicUsize::new(0),
+            stopping: AtomicBool::new(false),
         })
     }
 
@@ -176,15 +183,23 @@ impl Node {
         }
     }
 
-    /// Marks something as under way.
-    pub fn busy(&self) -> Busy<'_> {
-        self.busy.fetch_add(1, Ordering::Relaxed);
-        Busy(&self.busy)
+    /// Marks something as under way; none once the agent is stopping.
+    pub fn begin(&self) -> Option<Busy<'_>> {
+        // Counted before it is looked: a stopping agent either sees this or is
+        // seen.
+        self.busy.fetch_add(1, Ordering::SeqCst);
+        let busy = Busy(&self.busy);
+        (!self.stopping.load(Ordering::SeqCst)).then_some(busy)
+    }
+
+    /// From now on nothing new is begun.
+    pub fn stop(&self) {
+        self.stopping.store(true, Ordering::SeqCst);
     }
 
     /// Whether anything is under way.
     pub fn is_busy(&self) -> bool {
-        self.busy.load(Ordering::Relaxed) > 0
+        self.busy.load(Ordering::SeqCst) > 0
     }
 
     /// A picture of it all.
@@ -241,7 +256,7 @@ impl Node {
 
 impl Drop for Busy<'_> {
     fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::Relaxed);
+        self.0.fetch_sub(1, Ordering::SeqCst);
     }
 }
 

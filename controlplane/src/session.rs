@@ -10,9 +10,11 @@
 //! of a peer that dialled it dials a session of its own.
 
 pub mod establish;
+#[cfg(test)]
+pub(crate) mod testing;
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -28,6 +30,7 @@ use crate::frame::{self, FrameError};
 use crate::message::{Instance, Message, Request};
 use crate::negotiation::Refusal;
 use crate::node::Node;
+use crate::tensor::LIST_MAX;
 use crate::transfer;
 use crate::transport::{Preference, Transport};
 
@@ -37,6 +40,9 @@ const OUTBOX: usize = 64;
 /// Messages that may wait for one request. Grants are bounded by the operations
 /// an endpoint may have outstanding, so a peer that exceeds this floods us.
 const INBOX: usize = 2 * genie_dataplane::endpoint::OPERATIONS_MAX;
+
+/// Memory that they may take: one list of the longest, and another message.
+const INBOX_BYTES: usize = LIST_MAX + frame::BODY_MAX;
 
 /// Requests a peer may have under way in one session.
 const REQUESTS_MAX: usize = 1024;
@@ -72,6 +78,14 @@ pub enum SessionError {
         peer: String,
         /// What happened.
         source: FrameError,
+    },
+    /// It kept talking without getting anywhere.
+    #[error("peer '{peer}' had not agreed on a path after {limit:?}")]
+    Slow {
+        /// Its name.
+        peer: String,
+        /// How long.
+        limit: Duration,
     },
     /// Nothing came in time.
     #[error("peer '{peer}' did not answer for {limit:?}")]
@@ -149,6 +163,8 @@ pub struct Session {
     pub refused: Vec<Refusal>,
     /// Since when it is up.
     pub since: Instant,
+    /// For how long a request may make no progress.
+    pub stall: Duration,
     outbox: mpsc::Sender<Message>,
     calls: Mutex<HashMap<u64, Entry>>,
     next_call: AtomicU64,
@@ -178,6 +194,7 @@ pub struct Call {
     session: Arc<Session>,
     id: u64,
     inbox: mpsc::Receiver<Message>,
+    queued: Arc<AtomicUsize>,
     /// Whether the other end must be told when this is dropped.
     cancels: bool,
 }
@@ -185,6 +202,8 @@ pub struct Call {
 #[derive(Debug)]
 struct Entry {
     inbox: mpsc::Sender<Message>,
+    /// Memory for what waits in the inbox.
+    queued: Arc<AtomicUsize>,
     task: Option<AbortHandle>,
 }
 
@@ -212,6 +231,7 @@ impl Session {
             path,
             refused,
             since: Instant::now(),
+            stall: node.stall,
             outbox,
             calls: Mutex::default(),
             next_call: AtomicU64::new(1),
@@ -266,16 +286,37 @@ impl Session {
     /// Begins a request.
     pub async fn call(self: &Arc<Self>, request: Request) -> Result<Call, SessionError> {
         let id = self.next_call.fetch_add(1, Ordering::Relaxed);
+        let call = {
+            let mut calls = self.lock();
+            if self.ended().is_some() {
+                return Err(self.error());
+            }
+            let (entry, call) = self.begin(id, true);
+            calls.insert(id, entry);
+            call
+        };
+        call.send(Message::Begin { id, request }).await?;
+        Ok(call)
+    }
+
+    /// Both ends of a request's inbox. [`Session::end`] drains the map after
+    /// it has noted the end, so whoever inserts looks for that under the lock.
+    fn begin(self: &Arc<Self>, id: u64, cancels: bool) -> (Entry, Call) {
         let (inbox, incoming) = mpsc::channel(INBOX);
-        self.lock().insert(id, Entry { inbox, task: None });
+        let queued = Arc::<AtomicUsize>::default();
+        let entry = Entry {
+            inbox,
+            queued: Arc::clone(&queued),
+            task: None,
+        };
         let call = Call {
             session: Arc::clone(self),
             id,
             inbox: incoming,
-            cancels: true,
+            queued,
+            cancels,
         };
-        call.send(Message::Begin { id, request }).await?;
-        Ok(call)
+        (entry, call)
     }
 
     /// Requests under way, either way.
@@ -297,12 +338,16 @@ impl Session {
     }
 
     /// Hands a message of a request to whoever serves it.
-    fn route(&self, id: u64, message: Message) -> Result<(), String> {
+    pub(crate) fn route(&self, id: u64, message: Message) -> Result<(), String> {
         let calls = self.lock();
         // Not there: it ended or was given up while this was on its way.
         let Some(entry) = calls.get(&id) else {
             return Ok(());
         };
+        let bytes = message.held_bytes();
+        if entry.queued.fetch_add(bytes, Ordering::Relaxed) + bytes > INBOX_BYTES {
+            return Err(format!("it sent more than {INBOX_BYTES} bytes ahead"));
+        }
         match entry.inbox.try_send(message) {
             Ok(()) | Err(mpsc::error::TrySendError::Closed(_)) => Ok(()),
             Err(mpsc::error::TrySendError::Full(_)) => {
@@ -316,23 +361,22 @@ impl Session {
         if self.direction == Direction::Dialled {
             return Err("it sent a request to the node that dialled".to_owned());
         }
-        let (inbox, incoming) = mpsc::channel(INBOX);
-        {
+        let mut call = {
             let mut calls = self.lock();
+            if self.ended().is_some() {
+                return Ok(());
+            }
             if calls.len() >= REQUESTS_MAX {
                 return Err(format!(
                     "it has more than {REQUESTS_MAX} requests under way"
                 ));
             }
-            if calls.insert(id, Entry { inbox, task: None }).is_some() {
+            if calls.contains_key(&id) {
                 return Err(format!("it used request number {id} twice"));
             }
-        }
-        let mut call = Call {
-            session: Arc::clone(self),
-            id,
-            inbox: incoming,
-            cancels: false,
+            let (entry, call) = self.begin(id, false);
+            calls.insert(id, entry);
+            call
         };
         let node = Arc::clone(node);
         let task = tokio::spawn(async move {
@@ -344,8 +388,10 @@ impl Session {
             // If the session has ended, the peer has been told that instead.
             let _ = call.send(Message::Done { id, result }).await;
         });
-        if let Some(entry) = self.lock().get_mut(&id) {
-            entry.task = Some(task.abort_handle());
+        match self.lock().get_mut(&id) {
+            Some(entry) => entry.task = Some(task.abort_handle()),
+            // It is done already, or the session ended meanwhile.
+            None => task.abort(),
         }
         Ok(())
     }
@@ -407,7 +453,14 @@ impl Call {
 
     /// The next message of this request.
     pub async fn recv(&mut self) -> Result<Message, SessionError> {
-        self.inbox.recv().await.ok_or_else(|| self.session.error())
+        let message = self
+            .inbox
+            .recv()
+            .await
+            .ok_or_else(|| self.session.error())?;
+        self.queued
+            .fetch_sub(message.held_bytes(), Ordering::Relaxed);
+        Ok(message)
     }
 
     /// Says that nothing more is to come: dropping it cancels nothing.
@@ -517,4 +570,73 @@ pub(crate) fn show_refusals(refused: &[Refusal], ours: &Preference) -> String {
         .map(Refusal::to_string)
         .collect::<Vec<_>>()
         .join("; ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::testing::{node, session};
+    use super::*;
+
+    #[tokio::test]
+    async fn a_request_that_comes_after_the_end_is_refused_and_not_kept() {
+        let (session, _outgoing) = session(Direction::Dialled);
+        session.end("over");
+        let refused = session.call(Request::List).await.unwrap_err();
+        assert_eq!(refused.to_string(), "over");
+        assert_eq!(session.requests(), 0);
+
+        let (session, _outgoing) = super::testing::session(Direction::Accepted);
+        session.end("over");
+        let get = Request::Put {
+            prefix: "m".into(),
+            count: 1,
+            metadata: None,
+        };
+        let node = node();
+        assert_eq!(session.serve(&node, 1, get), Ok(()));
+        tokio::task::yield_now().await;
+        assert_eq!(session.requests(), 0);
+        assert!(!node.is_busy(), "nothing may be left to wait for");
+    }
+
+    #[tokio::test]
+    async fn a_stopping_node_begins_no_request() {
+        let (session, mut outgoing) = session(Direction::Accepted);
+        let node = node();
+        node.stop();
+        assert_eq!(session.serve(&node, 7, Request::List), Ok(()));
+        let Some(Message::Done {
+            id: 7,
+            result: Err(reason),
+        }) = outgoing.recv().await
+        else {
+            panic!("no answer");
+        };
+        assert!(reason.contains("is stopping"), "{reason}");
+    }
+
+    #[tokio::test]
+    async fn lists_that_nobody_reads_do_not_pile_up() {
+        let (session, _outgoing) = session(Direction::Dialled);
+        let mut call = session.call(Request::List).await.unwrap();
+        let long = crate::tensor::TensorInfo {
+            name: "x".repeat(1 << 20),
+            dtype: crate::tensor::Dtype::U8,
+            shape: Vec::new(),
+        };
+        let list = || Message::Tensors {
+            id: call.id(),
+            tensors: vec![long.clone()],
+        };
+        let fit = INBOX_BYTES / long.held_bytes();
+        let all = (0..fit).try_for_each(|_| session.route(call.id(), list()));
+        assert_eq!(all, Ok(()));
+        let refused = session.route(call.id(), list()).unwrap_err();
+        assert!(refused.contains("bytes ahead"), "{refused}");
+        let list = list();
+        for _ in 0..2 {
+            call.recv().await.unwrap();
+        }
+        assert_eq!(session.route(call.id(), list), Ok(()));
+    }
 }

@@ -13,7 +13,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use genie_dataplane::memory::{Lease, Region, RegionError};
 use serde::{Deserialize, Serialize};
 
-use crate::tensor::{Metadata, TensorInfo};
+use crate::tensor::{
+    Metadata, TensorError, TensorInfo, check_name, deserialize_shape, metadata_bytes,
+};
 
 /// Bytes that may be allocated, shared by all who allocate from it.
 #[derive(Clone, Debug)]
@@ -36,8 +38,9 @@ pub struct Allocation {
     _charge: Charge,
 }
 
+/// Bytes that count against a budget for as long as this is held.
 #[derive(Debug)]
-struct Charge {
+pub struct Charge {
     budget: Budget,
     bytes: u64,
 }
@@ -102,6 +105,7 @@ pub struct Listed {
     /// Type of the elements, as safetensors spells it.
     pub dtype: String,
     /// Dimensions.
+    #[serde(deserialize_with = "deserialize_shape")]
     pub shape: Vec<u64>,
     /// Length in bytes.
     pub bytes: u64,
@@ -138,7 +142,8 @@ pub struct NotFound {
 pub struct Usage {
     /// Tensors kept.
     pub tensors: u64,
-    /// Bytes of memory allocated for them and for those on their way in.
+    /// Bytes of memory allocated for them, their descriptions, and those on
+    /// their way in.
     pub used_bytes: u64,
     /// The limit.
     pub limit_bytes: u64,
@@ -159,11 +164,13 @@ struct Contents {
     names: BTreeMap<String, String>,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Set {
     /// In the order they were put.
     tensors: Vec<Stored>,
     metadata: Option<Metadata>,
+    /// For names, shapes and metadata.
+    charge: Charge,
 }
 
 impl Budget {
@@ -206,7 +213,8 @@ impl Budget {
         }))
     }
 
-    fn charge(&self, bytes: u64) -> Result<Charge, AllocateError> {
+    /// Counts memory that is allocated elsewhere.
+    pub fn charge(&self, bytes: u64) -> Result<Charge, AllocateError> {
         let BudgetInner {
             name,
             flag,
@@ -227,6 +235,26 @@ impl Budget {
             used,
             limit: *limit,
         })
+    }
+}
+
+impl Charge {
+    /// Counts `bytes` instead, if that is more.
+    pub fn grow_to(&mut self, bytes: u64) -> Result<(), AllocateError> {
+        let mut more = self.budget.charge(bytes.saturating_sub(self.bytes))?;
+        self.bytes += more.bytes;
+        more.bytes = 0;
+        Ok(())
+    }
+
+    /// Parts with up to `bytes`.
+    fn split(&mut self, bytes: u64) -> Self {
+        let bytes = bytes.min(self.bytes);
+        self.bytes -= bytes;
+        Self {
+            budget: self.budget.clone(),
+            bytes,
+        }
     }
 }
 
@@ -272,11 +300,14 @@ impl Store {
     }
 
     /// Keeps a batch under `prefix`, in place of what was put there before.
+    ///
+    /// `charge` is for its [`description_bytes`].
     pub fn commit(
         &self,
         prefix: &str,
         tensors: Vec<Stored>,
         metadata: Option<Metadata>,
+        charge: Charge,
     ) -> Result<(), CommitError> {
         let mut contents = self.lock();
         contents.check(prefix, tensors.iter().map(|tensor| &tensor.info))?;
@@ -286,9 +317,12 @@ impl Store {
                 .names
                 .insert(full_name(prefix, &tensor.info.name), prefix.to_owned());
         }
-        contents
-            .sets
-            .insert(prefix.to_owned(), Set { tensors, metadata });
+        let set = Set {
+            tensors,
+            metadata,
+            charge,
+        };
+        contents.sets.insert(prefix.to_owned(), set);
         drop(contents);
         // Unmapping a large region takes a while; not under the lock.
         drop(replaced);
@@ -367,6 +401,28 @@ impl Store {
     }
 }
 
+impl Listed {
+    /// Roughly the memory that it takes.
+    pub fn held_bytes(&self) -> usize {
+        let owner = match &self.owner {
+            Owner::User(_) => 0,
+            Owner::Peer(name) => name.len(),
+        };
+        let text = self.name.len() + self.dtype.len() + owner;
+        size_of::<Self>() + text + size_of_val(&self.shape[..])
+    }
+
+    /// Checks what a peer says it has: that these are names.
+    pub fn check(&self) -> Result<(), TensorError> {
+        check_name(&self.name)?;
+        check_name(&self.dtype)?;
+        match &self.owner {
+            Owner::User(_) => Ok(()),
+            Owner::Peer(name) => check_name(name),
+        }
+    }
+}
+
 impl Stored {
     fn listed(&self, prefix: &str) -> Listed {
         Listed {
@@ -414,13 +470,18 @@ impl Contents {
             return Vec::new();
         };
         let is_it = |tensor: &mut Stored| full_name(prefix, &tensor.info.name) == name;
-        let tensors = set.tensors.extract_if(.., is_it).collect();
+        let tensors: Vec<Stored> = set.tensors.extract_if(.., is_it).collect();
+        let bytes = tensors
+            .iter()
+            .map(|t| entry_bytes(prefix, &t.info, &t.owner));
+        let charge = set.charge.split(bytes.sum());
         if set.tensors.is_empty() {
             self.sets.remove(prefix);
         }
         vec![Set {
             tensors,
             metadata: None,
+            charge,
         }]
     }
 
@@ -438,6 +499,30 @@ impl Contents {
             .filter_map(|prefix| self.take_set(prefix))
             .collect()
     }
+}
+
+/// Roughly the memory for all about a batch but its tensors' bytes.
+pub fn description_bytes<'a>(
+    prefix: &str,
+    tensors: impl IntoIterator<Item = &'a TensorInfo>,
+    metadata: Option<&Metadata>,
+    owner: &Owner,
+) -> u64 {
+    let tensors = tensors.into_iter();
+    let entries: u64 = tensors.map(|info| entry_bytes(prefix, info, owner)).sum();
+    let pairs = metadata.map_or(0, Vec::len) * size_of::<(String, String)>();
+    entries + (metadata_bytes(metadata) + pairs + prefix.len()) as u64
+}
+
+/// One tensor's part of that.
+fn entry_bytes(prefix: &str, info: &TensorInfo, owner: &Owner) -> u64 {
+    let owner = match owner {
+        Owner::User(_) => 0,
+        Owner::Peer(name) => name.len(),
+    };
+    // A full name as key and a prefix as value in `Contents::names`.
+    let entry = size_of::<(String, String)>() + 2 * prefix.len() + 1 + info.name.len();
+    (size_of::<Stored>() + info.held_bytes() + owner + entry) as u64
 }
 
 /// `PREFIX/NAME`.
@@ -465,6 +550,25 @@ mod tests {
         names.iter().enumerate().map(one).collect()
     }
 
+    /// Keeps tensors of one byte each.
+    fn commit(
+        store: &Store,
+        prefix: &str,
+        names: &[&str],
+        metadata: Option<Metadata>,
+    ) -> Result<(), CommitError> {
+        let tensors = stored(store, names);
+        let infos = tensors.iter().map(|tensor| &tensor.info);
+        let bytes = description_bytes(prefix, infos, metadata.as_ref(), &Owner::User(0));
+        let charge = store.budget().charge(bytes).unwrap();
+        store.commit(prefix, tensors, metadata, charge)
+    }
+
+    /// What is counted beyond the tensors' pages.
+    fn described(store: &Store, pages: u64) -> u64 {
+        store.usage().used_bytes - pages * 4096
+    }
+
     fn names(store: &Store) -> Vec<String> {
         store.list().into_iter().map(|listed| listed.name).collect()
     }
@@ -472,27 +576,21 @@ mod tests {
     #[test]
     fn a_batch_replaces_what_its_prefix_held() {
         let store = Store::new(1 << 20);
-        store
-            .commit("m", stored(&store, &["b", "a"]), Some(vec![]))
-            .unwrap();
+        commit(&store, "m", &["b", "a"], Some(vec![])).unwrap();
+        let two = described(&store, 1);
         assert_eq!(names(&store), ["m/a", "m/b"]);
-        store.commit("m", stored(&store, &["c"]), None).unwrap();
+        commit(&store, "m", &["c"], None).unwrap();
         assert_eq!(names(&store), ["m/c"]);
         assert_eq!(store.usage().tensors, 1);
-        assert_eq!(
-            store.usage().used_bytes,
-            4096,
-            "the first batch's page was given back"
-        );
+        let one = described(&store, 1);
+        assert!(0 < one && one < two, "the first batch was given back");
     }
 
     #[test]
     fn a_batch_comes_back_in_its_order_with_its_metadata() {
         let store = Store::new(1 << 20);
         let metadata = Some(vec![("k".to_owned(), "v".to_owned())]);
-        store
-            .commit("m", stored(&store, &["b", "a"]), metadata.clone())
-            .unwrap();
+        commit(&store, "m", &["b", "a"], metadata.clone()).unwrap();
         let (tensors, back) = store.fetch("m").unwrap();
         let names: Vec<_> = tensors.iter().map(|tensor| &tensor.info.name[..]).collect();
         assert_eq!((names, back), (vec!["b", "a"], metadata));
@@ -501,9 +599,9 @@ mod tests {
     #[test]
     fn a_prefix_above_others_gives_all_of_them() {
         let store = Store::new(1 << 20);
-        store.commit("m/x", stored(&store, &["a"]), None).unwrap();
-        store.commit("m/y", stored(&store, &["a"]), None).unwrap();
-        store.commit("m2", stored(&store, &["a"]), None).unwrap();
+        for prefix in ["m/x", "m/y", "m2"] {
+            commit(&store, prefix, &["a"], None).unwrap();
+        }
         let (tensors, _) = store.fetch("m").unwrap();
         let names: Vec<_> = tensors.iter().map(|tensor| &tensor.info.name[..]).collect();
         assert_eq!(names, ["x/a", "y/a"]);
@@ -513,8 +611,8 @@ mod tests {
     #[test]
     fn one_prefix_cannot_take_anothers_name() {
         let store = Store::new(1 << 20);
-        store.commit("m", stored(&store, &["x/a"]), None).unwrap();
-        let refused = store.commit("m/x", stored(&store, &["a", "b"]), None);
+        commit(&store, "m", &["x/a"], None).unwrap();
+        let refused = commit(&store, "m/x", &["a", "b"], None);
         assert!(matches!(refused, Err(CommitError::Taken { .. })));
         assert_eq!(names(&store), ["m/x/a"]);
     }
@@ -522,11 +620,12 @@ mod tests {
     #[test]
     fn removal_by_name_and_by_prefix() {
         let store = Store::new(1 << 20);
-        store
-            .commit("m", stored(&store, &["a", "b"]), None)
-            .unwrap();
-        store.commit("m/sub", stored(&store, &["c"]), None).unwrap();
+        commit(&store, "m", &["a", "b"], None).unwrap();
+        let two = described(&store, 1);
+        commit(&store, "m/sub", &["c"], None).unwrap();
+        let three = described(&store, 2);
         assert_eq!(store.remove("m/a"), Ok(1));
+        assert_eq!(three - described(&store, 2), (two - 1) / 2);
         assert_eq!(names(&store), ["m/b", "m/sub/c"]);
         assert_eq!(store.remove("m"), Ok(2));
         assert!(store.remove("m").is_err());
@@ -536,7 +635,7 @@ mod tests {
     #[test]
     fn a_full_store_refuses_and_loses_nothing() {
         let store = Store::new(8192);
-        store.commit("m", stored(&store, &["a"]), None).unwrap();
+        commit(&store, "m", &["a"], None).unwrap();
         let refused = store.budget().allocate(8192).unwrap_err().to_string();
         assert!(refused.contains("--store-bytes"), "{refused}");
         assert_eq!(names(&store), ["m/a"]);
@@ -544,9 +643,26 @@ mod tests {
     }
 
     #[test]
+    fn names_and_metadata_count_too() {
+        let store = Store::new(1 << 20);
+        let value = "v".repeat(100_000);
+        commit(&store, "m", &["a"], Some(vec![("k".into(), value)])).unwrap();
+        assert!(described(&store, 1) > 100_000);
+        let mut charge = store.budget().charge(10).unwrap();
+        let before = store.usage().used_bytes;
+        charge.grow_to(15).unwrap();
+        charge.grow_to(12).unwrap();
+        assert_eq!(store.usage().used_bytes, before + 5);
+        assert!(charge.grow_to(1 << 20).is_err());
+        drop(charge);
+        store.remove("m").unwrap();
+        assert_eq!(store.usage().used_bytes, 0);
+    }
+
+    #[test]
     fn memory_is_counted_while_a_reader_holds_it() {
         let store = Store::new(1 << 20);
-        store.commit("m", stored(&store, &["a"]), None).unwrap();
+        commit(&store, "m", &["a"], None).unwrap();
         let (held, _) = store.fetch("m").unwrap();
         store.remove("m").unwrap();
         assert_eq!(store.usage().used_bytes, 4096);

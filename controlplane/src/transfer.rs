@@ -11,21 +11,22 @@ mod local;
 mod serve;
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Instant;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 use genie_dataplane::engine::FailReason;
 use genie_dataplane::ledger::Copies;
 use genie_dataplane::memory::Lease;
 use serde::{Deserialize, Serialize};
+use tokio::time::timeout;
 
 pub use local::{fetch as get_local, keep as put_local};
 pub use serve::serve;
 
 use crate::message::{Message, Outcome, Request};
 use crate::session::{Call, Session, SessionError};
-use crate::store::{AllocateError, Allocation, Budget, CommitError, Listed, NotFound};
-use crate::tensor::{Metadata, TENSORS_MAX, TensorError, TensorInfo, check_batch};
+use crate::store::{AllocateError, Allocation, Budget, Charge, CommitError, Listed, NotFound};
+use crate::tensor::{ListLimit, Metadata, TENSORS_MAX, TensorError, TensorInfo, check_batch};
 use batch::{Tally, receive_all, send_all, send_list};
 
 /// Why a batch did not move, or a request failed.
@@ -69,8 +70,22 @@ pub enum TransferError {
         /// Ours.
         ours: u32,
     },
-    /// A task of this agent ended before its time.
-    #[error("the agent is stopping")]
+    /// Nothing happened for too long.
+    #[error(
+        "peer '{peer}' made no progress with the request for {limit:?}: \
+         it was given up (--stall sets the limit)"
+    )]
+    Stalled {
+        /// Its name.
+        peer: String,
+        /// How long it was waited for.
+        limit: Duration,
+    },
+    /// Whoever asked for it no longer waits.
+    #[error("it was given up")]
+    GivenUp,
+    /// Nothing new is begun any more.
+    #[error("the agent is stopping: try again once it is back")]
     Stopping,
 }
 
@@ -127,7 +142,12 @@ pub struct Progress(Arc<ProgressInner>);
 struct ProgressInner {
     done: AtomicU64,
     total: AtomicU64,
+    given_up: AtomicBool,
 }
+
+/// Gives a copy on another thread up when it is dropped.
+#[derive(Debug)]
+pub struct GiveUpOnDrop(Progress);
 
 impl Progress {
     /// Bytes verified, and bytes in total once that is known.
@@ -138,12 +158,31 @@ impl Progress {
         )
     }
 
+    /// Makes blocking work that reports here end early once this is dropped.
+    pub fn give_up_on_drop(&self) -> GiveUpOnDrop {
+        GiveUpOnDrop(self.clone())
+    }
+
+    fn check(&self) -> Result<(), TransferError> {
+        if self.0.given_up.load(Ordering::Relaxed) {
+            Err(TransferError::GivenUp)
+        } else {
+            Ok(())
+        }
+    }
+
     fn begin(&self, total: u64) {
         self.0.total.store(total, Ordering::Relaxed);
     }
 
     fn add(&self, bytes: u64) {
         self.0.done.fetch_add(bytes, Ordering::Relaxed);
+    }
+}
+
+impl Drop for GiveUpOnDrop {
+    fn drop(&mut self) {
+        self.0.0.given_up.store(true, Ordering::Relaxed);
     }
 }
 
@@ -195,7 +234,7 @@ pub async fn get(
         } => (count, metadata),
         other => return Err(call.unexpected(&other).into()),
     };
-    let infos = recv_list(&mut call, count).await?;
+    let (infos, _charge) = recv_list(&mut call, count, metadata.as_ref(), budget).await?;
     let bytes = check_batch(prefix, &infos, metadata.as_ref())?;
     progress.begin(bytes);
     let allocation = allocate(budget, bytes).await?;
@@ -221,9 +260,16 @@ pub async fn get(
 pub async fn list(session: &Arc<Session>) -> Result<Vec<Listed>, TransferError> {
     let mut call = session.call(Request::List).await?;
     let mut listed = Vec::new();
+    let mut limit = ListLimit::new(TENSORS_MAX, None)?;
     loop {
         match recv_or_fail(&mut call).await? {
-            Message::Listed { tensors, .. } => listed.extend(tensors),
+            Message::Listed { tensors, .. } => {
+                for tensor in &tensors {
+                    tensor.check()?;
+                    limit.count(tensor.held_bytes())?;
+                }
+                listed.extend(tensors);
+            }
             Message::Done { .. } => {
                 call.finish();
                 return Ok(listed);
@@ -256,9 +302,11 @@ async fn done(call: &mut Call) -> Result<Outcome, TransferError> {
     }
 }
 
-/// The next message; the peer's failure is an error.
+/// The next message; the peer's failure is an error, and so is its silence.
 async fn recv_or_fail(call: &mut Call) -> Result<Message, TransferError> {
-    match call.recv().await? {
+    let limit = call.session().stall;
+    let received = timeout(limit, call.recv()).await;
+    match received.map_err(|_| stalled(call.session(), limit))?? {
         Message::Done {
             result: Err(reason),
             ..
@@ -273,23 +321,34 @@ async fn recv_or_fail(call: &mut Call) -> Result<Message, TransferError> {
     }
 }
 
-/// Collects the list of `count` tensors.
-async fn recv_list(call: &mut Call, count: u64) -> Result<Vec<TensorInfo>, TransferError> {
-    if count > TENSORS_MAX {
-        return Err(TensorError::TooMany(count).into());
+fn stalled(session: &Session, limit: Duration) -> TransferError {
+    TransferError::Stalled {
+        peer: session.peer.clone(),
+        limit,
     }
+}
+
+/// Collects the list of `count` tensors, counting it against `budget` as it comes.
+async fn recv_list(
+    call: &mut Call,
+    count: u64,
+    metadata: Option<&Metadata>,
+    budget: &Budget,
+) -> Result<(Vec<TensorInfo>, Charge), TransferError> {
+    let mut limit = ListLimit::new(count, metadata)?;
+    let mut charge = budget.charge(limit.bytes() as u64)?;
     let mut infos = Vec::new();
     while (infos.len() as u64) < count {
         match recv_or_fail(call).await? {
-            Message::Tensors { tensors, .. }
-                if !tensors.is_empty() && infos.len() as u64 + tensors.len() as u64 <= count =>
-            {
+            Message::Tensors { tensors, .. } if !tensors.is_empty() => {
+                tensors.iter().try_for_each(|info| limit.add(info))?;
+                charge.grow_to(limit.bytes() as u64)?;
                 infos.extend(tensors);
             }
             other => return Err(call.unexpected(&other).into()),
         }
     }
-    Ok(infos)
+    Ok((infos, charge))
 }
 
 async fn allocate(budget: &Budget, bytes: u64) -> Result<Arc<Allocation>, TransferError> {
@@ -347,5 +406,75 @@ impl Moved {
             copies: both.copies,
             digest: format!("crc32c:{:08x}", both.digest),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::session::{Direction, testing};
+    use crate::store::Owner;
+    use crate::tensor::Dtype;
+
+    /// What becomes of a list of `count` that a peer sends as `infos`.
+    async fn receive(count: u64, infos: Vec<TensorInfo>, budget: &Budget) -> String {
+        let (session, _outgoing) = testing::session(Direction::Dialled);
+        let mut call = session.call(Request::List).await.unwrap();
+        let (id, tensors) = (call.id(), infos);
+        session.route(id, Message::Tensors { id, tensors }).unwrap();
+        match recv_list(&mut call, count, None, budget).await {
+            Ok((infos, charge)) => format!("{} for {charge:?}", infos.len()),
+            Err(error) => error.to_string(),
+        }
+    }
+
+    #[tokio::test]
+    async fn a_list_is_checked_and_counted_as_it_comes() {
+        let info = |name: &str, shape: &[u64]| TensorInfo {
+            name: name.into(),
+            dtype: Dtype::U8,
+            shape: shape.to_vec(),
+        };
+        let budget = Budget::new("store", "--store-bytes", 1000);
+        let sound = info("a", &[1]);
+        let fine = receive(1, vec![sound.clone()], &budget).await;
+        assert!(fine.starts_with("1 for"), "{fine}");
+        let cases = [
+            (1, vec![sound.clone(); 2], "more than the 1 tensors"),
+            (u64::MAX, vec![sound.clone()], "too many"),
+            (9, vec![info("x\u{1b}", &[])], "control character"),
+            (9, vec![info("x", &[1; 65])], "65 dimensions"),
+            (9, vec![info(&"x".repeat(900), &[]); 2], "the store is full"),
+            // More was announced, and never comes.
+            (2, vec![sound], "made no progress"),
+        ];
+        for (count, infos, reason) in cases {
+            let refused = receive(count, infos, &budget).await;
+            assert!(refused.contains(reason), "{reason}: {refused}");
+            assert_eq!(budget.used(), 0);
+        }
+    }
+
+    #[tokio::test]
+    async fn a_listing_with_names_that_cannot_be_is_refused() {
+        let (session, mut outgoing) = testing::session(Direction::Dialled);
+        let asked = list(&session);
+        let answered = async {
+            let Some(Message::Begin { id, .. }) = outgoing.recv().await else {
+                panic!("no request");
+            };
+            let listed = Listed {
+                name: "m/\u{1b}[2J".into(),
+                dtype: "U8".into(),
+                shape: vec![],
+                bytes: 1,
+                owner: Owner::User(0),
+            };
+            let tensors = vec![listed];
+            session.route(id, Message::Listed { id, tensors }).unwrap();
+        };
+        let (refused, ()) = tokio::join!(asked, answered);
+        let refused = refused.unwrap_err().to_string();
+        assert!(refused.contains("control character"), "{refused}");
     }
 }

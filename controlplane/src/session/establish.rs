@@ -21,6 +21,10 @@ use crate::node::{Node, random};
 use crate::tensor::check_name;
 use crate::transport::{Engine, Local, Offer, Transport};
 
+/// Liveness limits within which a stranger must be a peer. Introductions take
+/// two at most and each transport that is tried six; the rest is to spare.
+const PATIENCE: u32 = 20;
+
 /// Talks on a connection that has no session yet.
 struct Talk<'a> {
     node: &'a Arc<Node>,
@@ -79,9 +83,21 @@ pub async fn accept(node: &Arc<Node>, stream: TcpStream) -> Result<Arc<Session>,
         .peer_addr()
         .map_or_else(|_| "?".to_owned(), |addr| addr.to_string());
     let mut talk = Talk { node, stream, peer };
-    let hello = talk.introduce().await?;
-    talk.peer.clone_from(&hello.name);
-    let (path, refused) = talk.answer_paths(&hello).await?;
+    let limit = node.liveness * PATIENCE;
+    let agreed = timeout(limit, async {
+        let hello = talk.introduce().await?;
+        talk.peer.clone_from(&hello.name);
+        let (path, refused) = talk.answer_paths(&hello).await?;
+        Ok((hello, path, refused))
+    });
+    let agreed = agreed.await;
+    let Ok(agreed) = agreed else {
+        let peer = talk.peer.clone();
+        let slow = SessionError::Slow { peer, limit };
+        talk.bye(&slow.to_string()).await;
+        return Err(slow);
+    };
+    let (hello, path, refused) = agreed?;
     Ok(talk.start(hello, Direction::Accepted, path, refused))
 }
 
@@ -406,4 +422,48 @@ fn find_local(offers: &[Offer], transport: Transport) -> Option<&Local> {
         .local
         .as_ref()
         .ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::message::Instance;
+    use crate::session::testing;
+    use tokio::net::TcpListener;
+
+    #[tokio::test]
+    async fn a_stranger_that_never_gets_anywhere_loses_its_place() {
+        let node = testing::node();
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let stranger = tokio::spawn(async move {
+            let mut stream = TcpStream::connect(address).await.unwrap();
+            frame::exchange_preamble(&mut stream).await.unwrap();
+            let mut hello = testing::node().hello();
+            (hello.name, hello.instance) = ("b".into(), Instance([7; 16]));
+            frame::write(&mut stream, &Message::Hello(hello))
+                .await
+                .unwrap();
+            let tried = Message::Try {
+                transport: Transport::Dpdk,
+                session: SessionId(1),
+                token: Token([0; 16]),
+            };
+            // Always busy, never done.
+            loop {
+                match frame::read(&mut stream, frame::BODY_MAX).await.unwrap() {
+                    Message::Hello(_) | Message::TryRefused { .. } => {
+                        tokio::time::sleep(Duration::from_millis(10)).await;
+                        frame::write(&mut stream, &tried).await.unwrap();
+                    }
+                    Message::Bye { reason } => return reason,
+                    other => panic!("{other:?}"),
+                }
+            }
+        });
+        let (stream, _) = listener.accept().await.unwrap();
+        let refused = accept(&node, stream).await.unwrap_err();
+        assert!(matches!(refused, SessionError::Slow { .. }), "{refused}");
+        assert!(stranger.await.unwrap().contains("had not agreed on a path"));
+    }
 }

@@ -1,14 +1,16 @@
 //! Many transfers at once over one session: grants, sends, and their receipts.
 
 use std::collections::VecDeque;
+use std::time::Duration;
 
 use genie_dataplane::TransferId;
 use genie_dataplane::endpoint::Transfer;
 use genie_dataplane::engine::{FailReason, Full, Receipt};
 use genie_dataplane::memory::Lease;
 use genie_proto::DigestBuilder;
+use tokio::time::sleep;
 
-use super::{Progress, TransferError};
+use super::{Progress, TransferError, stalled};
 use crate::message::{Message, Outcome};
 use crate::session::{Call, Session, SessionError};
 use crate::tensor::TensorInfo;
@@ -18,6 +20,50 @@ const GRANTS: usize = 512;
 
 /// Bytes of descriptions in one message, roughly: it should not hold up heartbeats.
 const LIST_BYTES: usize = 512 << 10;
+
+/// A peer that moves fewer bytes a second than this has stalled, however large
+/// a tensor: far below what any link carries that is worth a transport.
+const SLOWEST: u64 = 1_000_000;
+
+/// How fast a peer clears the memory that it receives into, at least.
+const CLEARED: u64 = 256_000_000;
+
+/// For how long a batch may make no progress: no grant, receipt or message.
+#[derive(Debug)]
+struct Patience {
+    stall: Duration,
+    /// Bytes of transfers that have begun.
+    moving: u64,
+    /// Bytes of those that have not.
+    waiting: u64,
+}
+
+impl Patience {
+    fn new(session: &Session, leases: &[Lease]) -> Self {
+        Self {
+            stall: session.stall,
+            moving: 0,
+            waiting: leases.iter().map(|lease| lease.len() as u64).sum(),
+        }
+    }
+
+    fn begin(&mut self, bytes: u64) {
+        self.waiting = self.waiting.saturating_sub(bytes);
+        self.moving += bytes;
+    }
+
+    fn end(&mut self, bytes: u64) {
+        self.moving = self.moving.saturating_sub(bytes);
+    }
+
+    fn limit(&self) -> Duration {
+        self.stall + Duration::from_secs(self.moving / SLOWEST + self.waiting / CLEARED)
+    }
+
+    fn stalled(&self, session: &Session) -> TransferError {
+        stalled(session, self.limit())
+    }
+}
 
 /// The receipts of a batch, in the order of its tensors.
 #[derive(Debug, Default)]
@@ -96,6 +142,7 @@ pub(super) async fn send_all(
     progress: &Progress,
 ) -> Result<(Tally, Option<Outcome>), TransferError> {
     let count = leases.len();
+    let mut patience = Patience::new(call.session(), &leases);
     let mut waiting = VecDeque::from(leases);
     let mut granted: VecDeque<TransferId> = VecDeque::new();
     let mut pending: VecDeque<Transfer> = VecDeque::new();
@@ -107,11 +154,15 @@ pub(super) async fn send_all(
             biased;
             message = call.recv() => match message? {
                 Message::Granted { transfers, .. }
-                    if granted.len() + transfers.len() <= waiting.len() =>
+                    if !transfers.is_empty()
+                        && granted.len() + transfers.len() <= waiting.len() =>
                 {
                     granted.extend(transfers);
                 }
-                other => early = Some(ended(call, other)?),
+                other => {
+                    let expected = granted.len() == waiting.len() && early.is_none();
+                    early = Some(ended(call, other, expected)?);
+                }
             },
             begun = async {
                 let lease = waiting.front().expect("there are more tensors than grants").clone();
@@ -119,11 +170,18 @@ pub(super) async fn send_all(
             }, if !granted.is_empty() => {
                 pending.push_back(begun.map_err(|reason| failed(call.session(), reason))?);
                 granted.pop_front();
-                waiting.pop_front();
+                let lease = waiting.pop_front().expect("it was just sent");
+                patience.begin(lease.len() as u64);
             }
             receipt = front(&mut pending), if !pending.is_empty() => {
                 pending.pop_front();
-                tally.add(receipt.map_err(|reason| failed(call.session(), reason))?, progress);
+                let receipt = receipt.map_err(|reason| failed(call.session(), reason))?;
+                patience.end(receipt.bytes);
+                tally.add(receipt, progress);
+            }
+            // With a grant and nothing moving it is our own engine that we wait for.
+            () = sleep(patience.limit()), if granted.is_empty() || !pending.is_empty() => {
+                return Err(patience.stalled(call.session()));
             }
         }
     }
@@ -139,6 +197,7 @@ pub(super) async fn receive_all(
     progress: &Progress,
 ) -> Result<(Tally, Option<Outcome>), TransferError> {
     let count = leases.len();
+    let mut patience = Patience::new(call.session(), &leases);
     let mut waiting = VecDeque::from(leases);
     let mut pending: VecDeque<Transfer> = VecDeque::new();
     // More is granted once no more than this many are pending, so that the
@@ -150,7 +209,7 @@ pub(super) async fn receive_all(
     while tally.receipts.len() < count {
         if !waiting.is_empty() && pending.len() <= low_water {
             let before = pending.len();
-            grant(call, &mut waiting, &mut pending).await?;
+            grant(call, &mut waiting, &mut pending, &mut patience).await?;
             let all_taken = pending.len() - before == GRANTS;
             low_water = if all_taken {
                 usize::MAX
@@ -163,10 +222,15 @@ pub(super) async fn receive_all(
         }
         tokio::select! {
             biased;
-            message = call.recv() => early = Some(ended(call, message?)?),
+            message = call.recv() => {
+                let expected = waiting.is_empty() && early.is_none();
+                early = Some(ended(call, message?, expected)?);
+            }
             receipt = front(&mut pending), if !pending.is_empty() => {
                 pending.pop_front();
-                tally.add(receipt.map_err(|reason| failed(call.session(), reason))?, progress);
+                let receipt = receipt.map_err(|reason| failed(call.session(), reason))?;
+                patience.end(receipt.bytes);
+                tally.add(receipt, progress);
             }
             // Others use the endpoint up: wait until it takes one of ours.
             begun = async {
@@ -174,9 +238,14 @@ pub(super) async fn receive_all(
                 path.endpoint.receive(path.session, lease).await
             }, if pending.is_empty() => {
                 let (id, transfer) = begun.map_err(|reason| failed(call.session(), reason))?;
-                waiting.pop_front();
+                let lease = waiting.pop_front().expect("it is now expected");
+                patience.begin(lease.len() as u64);
                 pending.push_back(transfer);
                 call.send(Message::Granted { id: call.id(), transfers: vec![id] }).await?;
+            }
+            // Without any of ours pending it is not the peer that we wait for.
+            () = sleep(patience.limit()), if !pending.is_empty() => {
+                return Err(patience.stalled(call.session()));
             }
         }
     }
@@ -188,6 +257,7 @@ async fn grant(
     call: &Call,
     waiting: &mut VecDeque<Lease>,
     pending: &mut VecDeque<Transfer>,
+    patience: &mut Patience,
 ) -> Result<(), TransferError> {
     let path = &call.session().path;
     let mut transfers = Vec::new();
@@ -195,8 +265,10 @@ async fn grant(
         let Some(lease) = waiting.pop_front() else {
             break;
         };
+        let len = lease.len() as u64;
         match path.endpoint.try_receive(path.session, lease) {
             Ok(begun) => {
+                patience.begin(len);
                 let (id, transfer) = begun.map_err(|reason| failed(call.session(), reason))?;
                 transfers.push(id);
                 pending.push_back(transfer);
@@ -224,13 +296,14 @@ async fn front(pending: &mut VecDeque<Transfer>) -> Result<Receipt, FailReason> 
         .await
 }
 
-/// The end of the request; anything else has no place while tensors move.
-fn ended(call: &mut Call, message: Message) -> Result<Outcome, TransferError> {
+/// The end of the request; anything else has no place while tensors move, nor
+/// has success before it was `expected`.
+fn ended(call: &mut Call, message: Message, expected: bool) -> Result<Outcome, TransferError> {
     match message {
         Message::Done {
             result: Ok(outcome),
             ..
-        } => Ok(outcome),
+        } if expected => Ok(outcome),
         Message::Done {
             result: Err(reason),
             ..
@@ -270,8 +343,84 @@ fn failed(session: &Session, reason: FailReason) -> TransferError {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
+    use genie_dataplane::memory::{Backing, Region};
+
     use super::*;
+    use crate::message::Request;
+    use crate::session::{Direction, testing};
     use crate::tensor::Dtype;
+
+    /// Tensors to be moved, and a request whose peer says what the test wants.
+    async fn begin() -> (Call, Vec<Lease>, tokio::sync::mpsc::Receiver<Message>) {
+        let (session, outgoing) = testing::session(Direction::Dialled);
+        let call = session.call(Request::List).await.unwrap();
+        let region = Region::with_backing(4096, Backing::Shmem).unwrap();
+        let lease = |at| Lease::new(Arc::clone(&region), at, 100).unwrap();
+        (call, vec![lease(0), lease(100)], outgoing)
+    }
+
+    fn done(call: &Call) -> Message {
+        Message::Done {
+            id: call.id(),
+            result: Ok(Outcome::default()),
+        }
+    }
+
+    #[tokio::test]
+    async fn success_before_everything_was_granted_is_an_error() {
+        let (mut call, leases, _outgoing) = begin().await;
+        call.session().route(call.id(), done(&call)).unwrap();
+        let sent = send_all(&mut call, leases, &Progress::default()).await;
+        let error = sent.unwrap_err();
+        assert!(
+            matches!(
+                error,
+                TransferError::Session(SessionError::Unexpected { .. })
+            ),
+            "{error}"
+        );
+    }
+
+    #[tokio::test]
+    async fn a_grant_of_nothing_is_no_progress() {
+        let (mut call, leases, _outgoing) = begin().await;
+        let (id, transfers) = (call.id(), Vec::new());
+        let granted = Message::Granted { id, transfers };
+        call.session().route(id, granted).unwrap();
+        let sent = send_all(&mut call, leases, &Progress::default()).await;
+        let error = sent.unwrap_err().to_string();
+        assert!(error.contains("sent Granted"), "{error}");
+    }
+
+    #[tokio::test]
+    async fn a_peer_that_grants_nothing_is_given_up() {
+        let (mut call, leases, _outgoing) = begin().await;
+        let sent = send_all(&mut call, leases, &Progress::default()).await;
+        let error = sent.unwrap_err();
+        assert!(
+            matches!(error, TransferError::Stalled { limit, .. } if limit == testing::STALL),
+            "{error}"
+        );
+        let listed = crate::transfer::list(call.session()).await;
+        assert!(matches!(listed, Err(TransferError::Stalled { .. })));
+    }
+
+    #[test]
+    fn large_tensors_get_the_time_they_need() {
+        let stall = Duration::from_secs(30);
+        let mut patience = Patience {
+            stall,
+            moving: 0,
+            waiting: 512_000_000,
+        };
+        assert_eq!(patience.limit(), stall + Duration::from_secs(2));
+        patience.begin(512_000_000);
+        assert_eq!(patience.limit(), stall + Duration::from_secs(512));
+        patience.end(512_000_000);
+        assert_eq!(patience.limit(), stall);
+    }
 
     fn info(name: &str) -> TensorInfo {
         TensorInfo {

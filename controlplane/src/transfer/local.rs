@@ -9,7 +9,7 @@ use genie_dataplane::memory::Lease;
 use super::batch::batch_digest;
 use super::{Arrived, Moved, Progress, Source, TransferError, lay_out};
 use crate::message::Outcome;
-use crate::store::{Budget, Owner, Store, Stored};
+use crate::store::{Budget, Owner, Store, Stored, description_bytes};
 use crate::tensor::{Metadata, TensorInfo, check_batch};
 
 /// Copied at a time, so that progress shows and a stop is noticed.
@@ -29,10 +29,12 @@ pub fn keep(
     let bytes = check_batch(prefix, &infos, metadata.as_ref())?;
     progress.begin(bytes);
     store.check(prefix, &infos)?;
+    let described = description_bytes(prefix, &infos, metadata.as_ref(), owner);
+    let charge = store.budget().charge(described)?;
     let allocation = store.budget().allocate(bytes)?;
     let leases = lay_out(&allocation, &infos)?;
     let from = sources.iter().map(|source| &source.lease);
-    let moved = copy_all(&infos, from, &leases, progress, began);
+    let moved = copy_all(&infos, from, &leases, progress, began)?;
     let stored = |(info, lease): (TensorInfo, Lease)| Stored {
         info,
         lease,
@@ -43,6 +45,7 @@ pub fn keep(
         prefix,
         infos.into_iter().zip(leases).map(stored).collect(),
         metadata,
+        charge,
     )?;
     Ok(moved)
 }
@@ -62,7 +65,7 @@ pub fn fetch(
     let allocation = budget.allocate(bytes)?;
     let leases = lay_out(&allocation, &tensors)?;
     let from = stored.iter().map(|tensor| &tensor.lease);
-    let moved = copy_all(&tensors, from, &leases, progress, began);
+    let moved = copy_all(&tensors, from, &leases, progress, began)?;
     Ok((
         Arrived {
             tensors,
@@ -73,17 +76,19 @@ pub fn fetch(
     ))
 }
 
+/// Copies all tensors, unless they are given up meanwhile.
 fn copy_all<'a>(
     infos: &[TensorInfo],
     from: impl Iterator<Item = &'a Lease>,
     to: &[Lease],
     progress: &Progress,
     began: Instant,
-) -> Moved {
-    let digests: Vec<(u64, u32)> = from
-        .zip(to)
-        .map(|(from, to)| (to.len() as u64, copy(from, to, progress)))
-        .collect();
+) -> Result<Moved, TransferError> {
+    let mut digests = Vec::with_capacity(to.len());
+    for (from, to) in from.zip(to) {
+        digests.push((to.len() as u64, copy(from, to, progress)?));
+    }
+    progress.check()?;
     let bytes = digests.iter().map(|(len, _)| len).sum();
     let outcome = Outcome {
         tensors: infos.len() as u64,
@@ -95,15 +100,17 @@ fn copy_all<'a>(
         },
         digest: batch_digest(infos, &digests),
     };
-    Moved::new(outcome, "local".to_owned(), Vec::new(), began)
+    let path = "local".to_owned();
+    Ok(Moved::new(outcome, path, Vec::new(), began))
 }
 
 /// Copies one tensor; returns the CRC32C of what was written.
-fn copy(from: &Lease, to: &Lease, progress: &Progress) -> u32 {
+fn copy(from: &Lease, to: &Lease, progress: &Progress) -> Result<u32, TransferError> {
     let len = to.len() as u64;
     let mut digest = genie_proto::DigestBuilder::new(len);
     let mut done = 0;
     while done < len {
+        progress.check()?;
         let part = CHUNK.min(len - done);
         let range = done as usize..(done + part) as usize;
         let view = from
@@ -113,5 +120,40 @@ fn copy(from: &Lease, to: &Lease, progress: &Progress) -> u32 {
         progress.add(part);
         done += part;
     }
-    digest.finish().0
+    Ok(digest.finish().0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::tensor::Dtype;
+
+    #[test]
+    fn what_is_given_up_is_not_stored() {
+        let store = Store::new(1 << 20);
+        let from = Budget::new("test", "--test", 1 << 20).allocate(1000);
+        let info = TensorInfo {
+            name: "a".into(),
+            dtype: Dtype::U8,
+            shape: vec![1000],
+        };
+        let lease = from.unwrap().lease(0, 1000);
+        let sources = [Source { info, lease }];
+        let keep = |progress: &Progress| {
+            let owner = Owner::User(0);
+            super::keep(&store, "m", &sources, None, &owner, progress)
+        };
+        let progress = Progress::default();
+        drop(progress.give_up_on_drop());
+        assert!(matches!(keep(&progress), Err(TransferError::GivenUp)));
+        assert_eq!(store.usage().used_bytes, 0);
+        assert!(store.list().is_empty());
+
+        assert_eq!(keep(&Progress::default()).unwrap().bytes, 1000);
+        let budget = store.budget();
+        assert!(matches!(
+            fetch(&store, "m", budget, &progress),
+            Err(TransferError::GivenUp)
+        ));
+    }
 }

@@ -7,7 +7,7 @@ use super::{Progress, TransferError, allocate, lay_out, recv_list};
 use crate::message::{Message, Outcome, Request};
 use crate::node::Node;
 use crate::session::Call;
-use crate::store::{Owner, Stored};
+use crate::store::{Owner, Stored, description_bytes};
 use crate::tensor::{Metadata, TensorInfo, check_batch};
 
 /// Stored tensors listed in one message: some hundred kilobytes.
@@ -19,7 +19,7 @@ pub async fn serve(
     call: &mut Call,
     request: Request,
 ) -> Result<Outcome, TransferError> {
-    let _busy = node.busy();
+    let _busy = node.begin().ok_or(TransferError::Stopping)?;
     match request {
         Request::Put {
             prefix,
@@ -59,14 +59,16 @@ async fn serve_put(
     count: u64,
     metadata: Option<Metadata>,
 ) -> Result<Outcome, TransferError> {
-    let infos = recv_list(call, count).await?;
+    let budget = node.store.budget();
+    let (infos, mut charge) = recv_list(call, count, metadata.as_ref(), budget).await?;
     let bytes = check_batch(prefix, &infos, metadata.as_ref())?;
     node.store.check(prefix, &infos)?;
-    let allocation = allocate(node.store.budget(), bytes).await?;
+    let owner = Owner::Peer(call.session().peer.clone());
+    charge.grow_to(description_bytes(prefix, &infos, metadata.as_ref(), &owner))?;
+    let allocation = allocate(budget, bytes).await?;
     let leases = lay_out(&allocation, &infos)?;
     let (tally, _) = receive_all(call, leases.clone(), &Progress::default()).await?;
     let outcome = tally.outcome(&infos);
-    let owner = Owner::Peer(call.session().peer.clone());
     let stored = |(info, lease): (TensorInfo, _)| Stored {
         info,
         lease,
@@ -74,7 +76,7 @@ async fn serve_put(
         owner: owner.clone(),
     };
     let tensors = infos.into_iter().zip(leases).map(stored).collect();
-    node.store.commit(prefix, tensors, metadata)?;
+    node.store.commit(prefix, tensors, metadata, charge)?;
     Ok(outcome)
 }
 

@@ -1,0 +1,62 @@
+//! Sessions without a peer, for tests of what a peer may do to them.
+
+use genie_dataplane::tcp;
+
+use super::*;
+
+/// How long a request may stall.
+pub(crate) const STALL: Duration = Duration::from_millis(200);
+
+const LOCAL: ([u8; 4], u16) = ([127, 0, 0, 1], 0);
+
+/// A node without transports.
+pub(crate) fn node() -> Arc<Node> {
+    Node::new(crate::node::Parts {
+        name: "a".into(),
+        preference: crate::transport::Preference::default(),
+        liveness: Duration::from_millis(50),
+        stall: STALL,
+        transports: Default::default(),
+        store_bytes: 1 << 20,
+        arena_bytes: 1 << 20,
+        peers: Default::default(),
+        listen: LOCAL.into(),
+        socket: "unused".into(),
+        warning: None,
+    })
+}
+
+/// A session whose writer takes nothing, so that nothing ends a request by chance.
+pub(crate) fn session(direction: Direction) -> (Arc<Session>, mpsc::Receiver<Message>) {
+    let (running, _) = tcp::spawn(tcp::Config {
+        listen: LOCAL.into(),
+        streams: 1,
+        liveness: Duration::from_secs(2),
+        open_limit: Duration::from_secs(2),
+        progress_limit: Duration::from_secs(2),
+    })
+    .unwrap();
+    let (outbox, outgoing) = mpsc::channel(OUTBOX);
+    let endpoint = running.endpoint;
+    let path = Path {
+        transport: Transport::Tcp,
+        name: "tcp".into(),
+        session: endpoint.new_session(1),
+        endpoint,
+        round_trip: Duration::ZERO,
+    };
+    let session = Arc::new(Session {
+        peer: "b".into(),
+        instance: Instance([1; 16]),
+        direction,
+        path,
+        refused: Vec::new(),
+        since: Instant::now(),
+        stall: STALL,
+        outbox,
+        calls: Mutex::default(),
+        next_call: AtomicU64::new(1),
+        end: watch::Sender::new(None),
+    });
+    (session, outgoing)
+}
