@@ -49,6 +49,7 @@ pub fn free_hugepages() -> u64 {
 pub struct Watch {
     started: Instant,
     before: Jiffies,
+    ours_before: u64,
 }
 
 #[derive(Clone, Copy, Debug, Default)]
@@ -64,19 +65,20 @@ impl Watch {
         Self {
             started: Instant::now(),
             before: jiffies(),
+            ours_before: our_jiffies(),
         }
     }
 
-    /// Writes down what others used, given the CPU time that was ours.
-    pub fn finish(self, ours: Duration, environment: &mut Environment) {
+    /// Writes down what others used. Processes that were started here and have
+    /// ended are not others.
+    pub fn finish(self, environment: &mut Environment) {
         let after = jiffies();
         let all = after.all.saturating_sub(self.before.all) as f64;
-        let ticks_per_second = rustix::param::clock_ticks_per_second() as f64;
         if all == 0.0 || self.started.elapsed() < Duration::from_millis(200) {
             return;
         }
         let busy = after.busy.saturating_sub(self.before.busy) as f64;
-        let others = busy - ours.as_secs_f64() * ticks_per_second;
+        let others = busy - our_jiffies().saturating_sub(self.ours_before) as f64;
         environment.busy_others = Some((others / all).max(0.0));
         let stolen = after.stolen.saturating_sub(self.before.stolen) as f64;
         environment.stolen = Some(stolen / all);
@@ -142,6 +144,18 @@ fn cache_bytes() -> Option<u64> {
     sizes.max()
 }
 
+/// Of this process and of its children that have ended.
+fn our_jiffies() -> u64 {
+    let text = read("/proc/self/stat");
+    // The name, in parentheses, may hold anything; utime is the 12th behind it.
+    let fields = text
+        .rsplit(')')
+        .next()
+        .unwrap_or_default()
+        .split_whitespace();
+    fields.skip(11).take(4).flat_map(str::parse::<u64>).sum()
+}
+
 fn jiffies() -> Jiffies {
     let text = read("/proc/stat");
     let Some(line) = text.lines().find_map(|line| line.strip_prefix("cpu ")) else {
@@ -182,6 +196,18 @@ mod tests {
         assert_eq!(civil(19_782), (2024, 2, 29));
         assert_eq!(civil(20_454), (2026, 1, 1));
         assert_eq!(date().len(), "2026-01-01T00:00:00Z".len());
+    }
+
+    #[test]
+    fn what_this_process_uses_is_not_others() {
+        let before = our_jiffies();
+        let until = Instant::now() + Duration::from_secs(20);
+        // Ten ticks of work.
+        while our_jiffies() < before + 10 {
+            assert!(Instant::now() < until, "no time is counted");
+        }
+        let of_process = cpu_time().as_secs_f64() * rustix::param::clock_ticks_per_second() as f64;
+        assert!((our_jiffies() as f64) < of_process * 2.0 + 100.0);
     }
 
     #[test]

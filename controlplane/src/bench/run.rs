@@ -1,7 +1,6 @@
 //! One row after another, and the baselines beside them.
 
 use std::io::Write;
-use std::time::Duration;
 
 use genie_dataplane::device::pair::{Options, pair};
 use indicatif::{ProgressBar, ProgressStyle};
@@ -79,8 +78,6 @@ struct Bench<'a> {
     salt: u64,
     report: Report,
     progress: ProgressBar,
-    /// Of the other process, as far as it was asked.
-    their_cpu: f64,
 }
 
 impl<'a> Bench<'a> {
@@ -113,7 +110,6 @@ impl<'a> Bench<'a> {
             salt: 0,
             report,
             progress,
-            their_cpu: 0.0,
         }
     }
 
@@ -132,8 +128,7 @@ impl<'a> Bench<'a> {
             self.progress.inc(1);
         }
         self.progress.finish_and_clear();
-        let ours = cpu_time() + Duration::from_secs_f64(self.their_cpu);
-        watch.finish(ours, &mut self.report.environment);
+        watch.finish(&mut self.report.environment);
         self.add_notes();
         self.report
     }
@@ -200,9 +195,10 @@ impl<'a> Bench<'a> {
                 return;
             }
         }
-        if let Some((mut other, session, _)) = open {
+        if let Some((other, session, _)) = open {
+            // The session's end reaches the other process while it is there.
             drop(session);
-            self.finish(&mut other);
+            drop(other);
         }
     }
 
@@ -365,16 +361,6 @@ impl<'a> Bench<'a> {
         };
         expect_done(ask(&mut other.channel, &Request::Hello(VERSION.into()))?)?;
         Ok(other)
-    }
-
-    /// Ends the other end, counting what it used.
-    fn finish(&mut self, other: &mut Other) {
-        let Ok([ours, theirs]) = self.usage(other) else {
-            return;
-        };
-        if ours.process != theirs.process {
-            self.their_cpu += theirs.cpu_seconds;
-        }
     }
 
     fn add_notes(&mut self) {

@@ -114,7 +114,6 @@ impl Bench<'_> {
                 self.report.baselines.push(measured);
             }
         }
-        self.finish(&mut other);
         Ok(())
     }
 
@@ -174,7 +173,6 @@ impl Bench<'_> {
                 ..Row::default()
             });
         }
-        self.finish(&mut other);
         Ok(())
     }
 
@@ -212,7 +210,6 @@ impl Bench<'_> {
                     Some(reply) => Err(unexpected(reply)),
                 };
                 driver = raw::send(&device, FRAME_BYTES, opened, stop)?;
-                self.finish(&mut other);
             }
             let rate = |received: &raw::Received| {
                 (received.frames * FRAME_BYTES as u64) as f64 / received.seconds / 1e9
