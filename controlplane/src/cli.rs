@@ -128,6 +128,21 @@ enum CommandError {
     Signals(io::Error),
 }
 
+impl CommandError {
+    /// Itself for a terminal: a peer's words, which come through the agent, on
+    /// one line, and our own on as many as they have.
+    fn shown(&self) -> String {
+        let text = self.to_string();
+        match self {
+            Self::Client(_) => show::printable(&text),
+            _ => {
+                let lines = text.lines().map(show::printable);
+                lines.collect::<Vec<_>>().join("\n")
+            }
+        }
+    }
+}
+
 /// Runs the command that the process was started with.
 pub fn main() -> ExitCode {
     let mut command = Cli::command();
@@ -162,7 +177,7 @@ pub fn main() -> ExitCode {
             ExitCode::SUCCESS
         }
         Err(error) => {
-            eprintln!("genie: {error}");
+            eprintln!("genie: {}", error.shown());
             let usage = match &error {
                 CommandError::Config(_) => true,
                 CommandError::Bench(error) => error.is_usage(),
@@ -277,6 +292,14 @@ mod tests {
     #[test]
     fn the_command_line_is_consistent() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn errors_cannot_act_on_a_terminal() {
+        let client = CommandError::Client(ClientError::Failed("a\n\u{1b}[1mb".into()));
+        assert_eq!(client.shown(), r"a\n\u{1b}[1mb");
+        let print = CommandError::Print(io::Error::other("a\nb\u{7}"));
+        assert_eq!(print.shown(), "cannot print: a\nb\\u{7}");
     }
 
     #[test]

@@ -2,6 +2,7 @@
 
 use std::fmt::Write;
 
+use genie_dataplane::ledger::Copies;
 use serde::Serialize;
 
 use super::move_file::Report;
@@ -18,13 +19,17 @@ pub(super) struct Removed {
 
 pub(super) fn moved(verb: &str, report: &Report) -> String {
     let moved = &report.moved;
-    let mut text = format!(
-        "{verb} {} tensors, {} in {:.3} s, {:.2} GB/s over {}\n",
-        moved.tensors,
-        show_bytes(moved.bytes),
-        moved.seconds,
-        moved.gb_per_s,
-        moved.path
+    let mut text = String::new();
+    line(
+        &mut text,
+        &format!(
+            "{verb} {} tensors, {} in {:.3} s, {:.2} GB/s over {}",
+            moved.tensors,
+            show_bytes(moved.bytes),
+            moved.seconds,
+            moved.gb_per_s,
+            moved.path
+        ),
     );
     for reason in &moved.reasons {
         line(&mut text, &format!("  not {reason}"));
@@ -32,11 +37,29 @@ pub(super) fn moved(verb: &str, report: &Report) -> String {
     line(
         &mut text,
         &format!(
-            "  retransmits {}, copies per byte {:.2}, digest {}, file {:.3} s",
-            moved.retransmits, moved.copies_per_byte, moved.digest, report.file_seconds
+            "  copies per byte: {}",
+            copies_per_byte(moved.copies, moved.bytes)
+        ),
+    );
+    line(
+        &mut text,
+        &format!(
+            "  retransmits {}, digest {}, file {:.3} s",
+            moved.retransmits, moved.digest, report.file_seconds
         ),
     );
     text
+}
+
+/// Who copied how much, both ends together: Genie, the device's driver, the kernel.
+fn copies_per_byte(copies: Copies, bytes: u64) -> String {
+    let each = |copied: u64| copied as f64 / bytes.max(1) as f64;
+    format!(
+        "genie {:.2}, driver {:.2}, kernel {:.2}",
+        each(copies.genie),
+        each(copies.driver),
+        each(copies.kernel)
+    )
 }
 
 pub(super) fn listed(listed: &[Listed]) -> String {
@@ -194,6 +217,60 @@ fn session(text: &mut String, session: &SessionStatus) {
     }
 }
 
+/// One line, whatever a peer put into it.
 fn line(text: &mut String, line: &str) {
-    writeln!(text, "{line}").expect("writing to a string cannot fail");
+    writeln!(text, "{}", printable(line)).expect("writing to a string cannot fail");
+}
+
+/// Text that can only be read: what would move a terminal's cursor, change its
+/// settings or turn the direction of writing is escaped.
+pub(super) fn printable(text: &str) -> String {
+    let acts = |c: char| {
+        c.is_control()
+            || matches!(c, '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
+    };
+    let mut printable = String::with_capacity(text.len());
+    for c in text.chars() {
+        if acts(c) {
+            printable.extend(c.escape_default());
+        } else {
+            printable.push(c);
+        }
+    }
+    printable
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_peer_says_stays_text_on_one_line() {
+        let hostile = "a\u{1b}[2Jb\rc\nd\u{9b}e\u{202e}f";
+        let shown = printable(hostile);
+        assert_eq!(shown, r"a\u{1b}[2Jb\rc\nd\u{9b}e\u{202e}f");
+        assert_eq!(printable("重み é 'x'"), "重み é 'x'");
+        let tensor = Listed {
+            name: hostile.into(),
+            dtype: hostile.into(),
+            shape: vec![1],
+            bytes: 1,
+            owner: Owner::Peer(hostile.into()),
+        };
+        let shown = listed(&[tensor]);
+        assert_eq!(shown.matches('\n').count(), 1);
+        assert!(!shown.trim_end().chars().any(char::is_control), "{shown}");
+    }
+
+    #[test]
+    fn copies_are_shown_by_who_made_them() {
+        let copies = Copies {
+            genie: 100,
+            driver: 200,
+            kernel: 50,
+        };
+        let shown = copies_per_byte(copies, 100);
+        assert_eq!(shown, "genie 1.00, driver 2.00, kernel 0.50");
+        assert!(copies_per_byte(copies, 0).starts_with("genie 100"));
+    }
 }
