@@ -60,7 +60,10 @@ pub async fn dial(
         stream,
         peer: peer.to_owned(),
     };
-    let hello = talk.introduce().await?;
+    let hello = match talk.introduce().await {
+        Ok(hello) => hello,
+        Err(error) => return Err(talk.refuse(error).await),
+    };
     if hello.name != peer {
         let reason = format!(
             "the agent at {address} calls itself '{0}': say --peer {0}={address} here, \
@@ -97,7 +100,10 @@ pub async fn accept(node: &Arc<Node>, stream: TcpStream) -> Result<Arc<Session>,
         talk.bye(&slow.to_string()).await;
         return Err(slow);
     };
-    let (hello, path, refused) = agreed?;
+    let (hello, path, refused) = match agreed {
+        Ok(agreed) => agreed,
+        Err(error) => return Err(talk.refuse(error).await),
+    };
     Ok(talk.start(hello, Direction::Accepted, path, refused))
 }
 
@@ -355,6 +361,24 @@ impl Talk<'_> {
         }
     }
 
+    /// Tells a peer that can still listen why it is not understood.
+    async fn refuse(&mut self, error: SessionError) -> SessionError {
+        let source = match &error {
+            SessionError::Frame { source, .. } => Some(source),
+            SessionError::Unexpected { .. } => None,
+            _ => return error,
+        };
+        match source {
+            Some(FrameError::Malformed(_) | FrameError::TooLong { .. }) | None => {
+                let name = &self.node.name;
+                let reason = format!("node '{name}' does not understand it: {error}");
+                self.bye(&reason).await;
+            }
+            Some(_) => {}
+        }
+        error
+    }
+
     async fn bye(&mut self, reason: &str) {
         // A courtesy; the connection is closed in any case.
         let _ = self
@@ -430,6 +454,32 @@ mod tests {
     use crate::message::Instance;
     use crate::session::testing;
     use tokio::net::TcpListener;
+
+    #[tokio::test]
+    async fn a_hello_that_is_not_understood_is_answered_with_the_reason() {
+        let node = testing::node();
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let future = tokio::spawn(async move {
+            let mut stream = TcpStream::connect(address).await.unwrap();
+            frame::exchange_preamble(&mut stream).await.unwrap();
+            let hello = serde_json::json!({"Hello": {"preference": ["teleport"]}});
+            frame::write(&mut stream, &hello).await.unwrap();
+            let hello: Message = frame::read(&mut stream, frame::BODY_MAX).await.unwrap();
+            assert!(matches!(hello, Message::Hello(_)));
+            frame::read(&mut stream, frame::BODY_MAX).await.unwrap()
+        });
+        let (stream, _) = listener.accept().await.unwrap();
+        accept(&node, stream).await.unwrap_err();
+        let Message::Bye { reason } = future.await.unwrap() else {
+            panic!("no goodbye");
+        };
+        assert!(
+            reason.contains("node 'a' does not understand it"),
+            "{reason}"
+        );
+        assert!(reason.contains("teleport"), "{reason}");
+    }
 
     #[tokio::test]
     async fn a_stranger_that_never_gets_anywhere_loses_its_place() {
