@@ -31,6 +31,9 @@
 //!   again or lost, as on a wire.
 //! - A killed virtio_user leaves its socket, which no server can bind again;
 //!   the holder of the second lock removes it first.
+//!
+//! The lock files, which are empty, stay: another process may have one open and
+//! be about to lock it, and would then hold the lock of a file that is gone.
 
 #![forbid(unsafe_code)]
 

@@ -27,7 +27,9 @@ pub(crate) struct EalOptions {
 /// Why the EAL is not up. Kept, as it cannot be tried again in this process.
 #[derive(Clone, Debug, thiserror::Error)]
 pub(crate) enum EalError {
-    #[error("the EAL does not start with {arguments}: {errno}; its own words are on stderr{hint}")]
+    #[error(
+        "the EAL does not start: {errno}{hint}; its own words are on stderr (arguments: {arguments})"
+    )]
     Refused {
         arguments: String,
         errno: Errno,
@@ -89,7 +91,7 @@ fn start(options: &EalOptions) -> Result<Eal, EalError> {
     let hint = if options.no_huge {
         ""
     } else {
-        " (huge pages: `echo 512 > /proc/sys/vm/nr_hugepages` as root)"
+        ", reserve more huge pages with 'genie hugepages reserve' as root (docs/hugepages.md says how many)"
     };
     Err(EalError::Refused {
         arguments: arguments[1..].join(" "),
