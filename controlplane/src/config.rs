@@ -599,16 +599,23 @@ mod tests {
 
     proptest! {
         #[test]
-        fn files_from_anywhere_never_panic(text in ".{0,200}") {
-            let _ = load(args(), &text);
+        fn a_file_from_anywhere_changes_nothing_or_is_refused_by_name(text in ".{0,200}") {
+            match load(args(), &text) {
+                // Nothing but comments and blanks.
+                Ok(config) => prop_assert_eq!(config, load(args(), "").unwrap()),
+                Err(error) => prop_assert!(error.to_string().starts_with("genie.toml")),
+            }
         }
 
         #[test]
-        fn values_from_anywhere_never_panic(
+        fn a_value_from_anywhere_is_taken_or_refused_with_its_key(
             key in proptest::sample::select(&KEYS[..]),
             value in "[^'\n]{0,40}",
         ) {
-            let _ = load(args(), &format!("{key} = '{value}'"));
+            if let Err(error) = load(args(), &format!("{key} = '{value}'")) {
+                let error = error.to_string();
+                prop_assert!(error.contains(key), "{}", error);
+            }
         }
     }
 }

@@ -206,7 +206,13 @@ fn ended(error: io::Error) -> FrameError {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::message::Message;
+    use crate::message::{Message, Outcome, Request};
+    use crate::negotiation::Refusal;
+    use crate::store::{Listed, Owner};
+    use crate::tensor::{DIMENSIONS_MAX, Dtype, TensorInfo};
+    use crate::transport::Transport;
+    use genie_dataplane::SessionId;
+    use genie_dataplane::tcp::Token;
     use proptest::prelude::*;
 
     #[test]
@@ -214,6 +220,143 @@ mod tests {
         let bytes = encode(&("a", vec![1u32, 2])).unwrap();
         let back: (String, Vec<u32>) = read_blocking(&mut &bytes[..], BODY_MAX).unwrap();
         assert_eq!(back, ("a".into(), vec![1, 2]));
+    }
+
+    /// One of each message that a request has, and of those that negotiate.
+    fn messages() -> Vec<Message> {
+        let info = |name: &str, shape: &[u64]| TensorInfo {
+            name: name.into(),
+            dtype: Dtype::BF16,
+            shape: shape.to_vec(),
+        };
+        let metadata = Some(vec![("format".to_owned(), "pt".to_owned())]);
+        let refused = vec![Refusal {
+            transport: Transport::Dpdk,
+            reason: "no huge pages".into(),
+        }];
+        let listed = Listed {
+            name: "m/a".into(),
+            dtype: "BF16".into(),
+            shape: vec![2, 3],
+            bytes: 12,
+            owner: Owner::Peer("b".into()),
+        };
+        vec![
+            Message::Hello(crate::session::testing::node().hello()),
+            Message::Try {
+                transport: Transport::Tcp,
+                session: SessionId(7),
+                token: Token([9; 16]),
+            },
+            Message::Trying {
+                session: SessionId(8),
+            },
+            Message::TryRefused {
+                reason: "busy".into(),
+            },
+            Message::Opened { result: Ok(()) },
+            Message::Opened {
+                result: Err("no answer".into()),
+            },
+            Message::Chosen {
+                refused: refused.clone(),
+            },
+            Message::NoPath { refused },
+            Message::Ping,
+            Message::Bye {
+                reason: "why".into(),
+            },
+            Message::Begin {
+                id: 1,
+                request: Request::Put {
+                    prefix: "m".into(),
+                    count: 2,
+                    metadata: metadata.clone(),
+                },
+            },
+            Message::Begin {
+                id: 2,
+                request: Request::List,
+            },
+            Message::Tensors {
+                id: 1,
+                tensors: vec![info("a", &[2, 3]), info("b", &[])],
+            },
+            Message::Found {
+                id: 3,
+                count: 2,
+                metadata,
+            },
+            Message::Listed {
+                id: 2,
+                tensors: vec![listed],
+            },
+            Message::Done {
+                id: 1,
+                result: Ok(Outcome::default()),
+            },
+            Message::Done {
+                id: 1,
+                result: Err("the store is full".into()),
+            },
+            Message::Cancel { id: 1 },
+        ]
+    }
+
+    /// A message that was understood is one that can be said again.
+    fn check_stable(message: &Message) {
+        let bytes = encode(message).unwrap();
+        let again: Message = read_blocking(&mut &bytes[..], BODY_MAX).unwrap();
+        assert_eq!(encode(&again).unwrap(), bytes, "{message:?}");
+        if let Message::Tensors { tensors, .. } = message {
+            let dimensions = tensors.iter().map(|info| info.shape.len());
+            assert!(dimensions.max().unwrap_or(0) <= DIMENSIONS_MAX);
+        }
+    }
+
+    /// Whether `bytes` were read as the first page of this file says.
+    fn check_read(bytes: &[u8], result: Result<Message, FrameError>) {
+        let Some((header, body)) = bytes.split_first_chunk::<4>() else {
+            assert!(matches!(result, Err(FrameError::Closed)), "{result:?}");
+            return;
+        };
+        let len = u32::from_be_bytes(*header) as usize;
+        match result {
+            Ok(message) => {
+                assert!(len <= body.len());
+                check_stable(&message);
+            }
+            Err(FrameError::TooLong { .. }) => assert!(len > BODY_MAX),
+            Err(FrameError::Io(error)) => {
+                assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
+                assert!(len <= BODY_MAX && body.len() < len);
+            }
+            Err(FrameError::Malformed(reason)) => {
+                assert!(len <= body.len() && !reason.is_empty());
+            }
+            Err(other) => panic!("{other}"),
+        }
+    }
+
+    #[test]
+    fn every_message_survives_and_every_change_of_a_byte_is_survived() {
+        for message in messages() {
+            check_stable(&message);
+            let bytes = encode(&message).unwrap();
+            for at in 0..bytes.len() {
+                let cut = &bytes[..at];
+                let result = read_blocking::<Message>(&mut &cut[..], BODY_MAX);
+                assert!(result.is_err(), "{message:?} cut to {at} bytes");
+                check_read(cut, result);
+                // Lengths and types of MessagePack, and every single bit.
+                let flips = (0..8).map(|bit| bytes[at] ^ (1 << bit));
+                for value in flips.chain([0xc0, 0xc6, 0xdb, 0xdd, 0xdf]) {
+                    let mut changed = bytes.clone();
+                    changed[at] = value;
+                    check_read(&changed, read_blocking(&mut &changed[..], BODY_MAX));
+                }
+            }
+        }
     }
 
     #[test]
@@ -255,18 +398,32 @@ mod tests {
 
     proptest! {
         #[test]
-        fn bytes_from_a_peer_never_panic(bytes in proptest::collection::vec(any::<u8>(), 0..512)) {
-            let _ = decode::<Message>(&bytes);
-            let _ = read_blocking::<Message>(&mut &bytes[..], BODY_MAX);
+        fn bytes_from_anywhere_are_refused_for_the_right_reason(
+            bytes in proptest::collection::vec(any::<u8>(), 0..512),
+        ) {
+            let result = read_blocking::<Message>(&mut &bytes[..], BODY_MAX);
+            check_read(&bytes, result);
+            if let Ok(message) = decode::<Message>(&bytes) {
+                check_stable(&message);
+            }
         }
 
         #[test]
-        fn a_mutated_message_never_panics(at in 0usize..64, value in any::<u8>()) {
-            let message = Message::Bye { reason: "why".into() };
-            let mut bytes = encode(&message).unwrap();
-            let at = at % bytes.len();
-            bytes[at] = value;
-            let _ = read_blocking::<Message>(&mut &bytes[..], BODY_MAX);
+        fn a_mutated_message_is_refused_or_is_another_message(
+            which in any::<proptest::sample::Index>(),
+            changes in proptest::collection::vec((any::<proptest::sample::Index>(), any::<u8>()), 1..5),
+            keep in any::<proptest::sample::Index>(),
+        ) {
+            let messages = messages();
+            let mut bytes = encode(which.get(&messages)).unwrap();
+            for (at, value) in changes {
+                let at = at.index(bytes.len());
+                bytes[at] = value;
+            }
+            // Cut half of the time.
+            let keep = keep.index(2 * bytes.len()).min(bytes.len());
+            let bytes = &bytes[..keep];
+            check_read(bytes, read_blocking(&mut &bytes[..], BODY_MAX));
         }
     }
 }

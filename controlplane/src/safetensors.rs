@@ -603,6 +603,54 @@ mod tests {
         assert!(refusal(&file_of(negative, b"")).contains("invalid value"));
     }
 
+    /// The JSON of a header as models have it.
+    fn real_header() -> Vec<u8> {
+        let info = |name: &str, dtype, shape: &[u64]| TensorInfo {
+            name: name.into(),
+            dtype,
+            shape: shape.to_vec(),
+        };
+        let tensors = [
+            info("model.embed.weight", Dtype::BF16, &[10, 12]),
+            info("重み\"", Dtype::F8_E5M2, &[3]),
+            info("none", Dtype::I64, &[0, 5]),
+            info("scalar", Dtype::BOOL, &[]),
+        ];
+        let metadata = vec![("format".to_owned(), "pt".to_owned())];
+        Header::encode(&tensors, Some(&metadata))[8..].to_vec()
+    }
+
+    /// A header that is taken has no gaps, and comes back as it was.
+    fn check_sound(json: &[u8]) {
+        let Ok(header) = Header::parse(json) else {
+            return;
+        };
+        let lens = header.tensors.iter().map(|info| info.len_bytes().unwrap());
+        assert_eq!(lens.sum::<u64>(), header.data_len);
+        let again = Header::encode(&header.tensors, header.metadata.as_ref());
+        assert_eq!(Header::parse(&again[8..]).unwrap(), header);
+    }
+
+    #[test]
+    fn every_change_of_a_byte_of_a_header_is_survived() {
+        let json = real_header();
+        check_sound(&json);
+        let text = json.trim_ascii_end().len();
+        for at in 0..json.len() {
+            assert_eq!(
+                Header::parse(&json[..at]).is_ok(),
+                at >= text,
+                "cut to {at}"
+            );
+            let flips = (0..8).map(|bit| json[at] ^ (1 << bit));
+            for value in flips.chain(*b"{}[]\":,0-e ") {
+                let mut changed = json.clone();
+                changed[at] = value;
+                check_sound(&changed);
+            }
+        }
+    }
+
     #[test]
     fn metadata_must_be_strings_and_keeps_its_order() {
         let bytes = file_of(r#"{"__metadata__":{"z":"1","a":"2"}}"#, b"");
@@ -720,8 +768,21 @@ mod tests {
 
     proptest! {
         #[test]
-        fn headers_from_anywhere_never_panic(json in ".{0,200}") {
-            let _ = Header::parse(json.as_bytes());
+        fn a_header_from_anywhere_is_refused(json in ".{0,200}") {
+            let empty = json.split_whitespace().collect::<String>() == "{}";
+            prop_assert_eq!(Header::parse(json.as_bytes()).is_ok(), empty);
+        }
+
+        #[test]
+        fn a_mutated_header_is_refused_or_sound(
+            changes in proptest::collection::vec((any::<proptest::sample::Index>(), any::<u8>()), 1..5),
+        ) {
+            let mut json = real_header();
+            for (at, value) in changes {
+                let at = at.index(json.len());
+                json[at] = value;
+            }
+            check_sound(&json);
         }
 
         #[test]
