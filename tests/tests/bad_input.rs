@@ -212,6 +212,20 @@ fn a_limit_on_file_sizes_leaves_no_file_and_keeps_the_old_one() {
 }
 
 #[test]
+fn a_device_is_not_replaced_by_a_file() {
+    let folder = tempfile::tempdir().unwrap();
+    let agent = Agent::start(folder.path(), "a", &[]);
+    assert_works(&agent, folder.path());
+    // Safe to try as root even without the check: not /dev itself.
+    let link = folder.path().join("null");
+    std::os::unix::fs::symlink("/dev/null", &link).unwrap();
+    agent
+        .genie(&["get", "sound", text(&link)])
+        .assert_fails_with("not a regular file");
+    assert!(fs::symlink_metadata(&link).unwrap().is_symlink());
+}
+
+#[test]
 fn an_interrupted_get_leaves_no_file() {
     let folder = tempfile::tempdir().unwrap();
     let agent = Agent::start(folder.path(), "a", &[]);
@@ -372,6 +386,32 @@ fn an_agent_that_strangers_can_reach_says_so() {
     let warning = agent.status()["warning"].as_str().unwrap().to_owned();
     assert!(warning.contains("not authenticated"), "{warning}");
     assert!(agent.log().contains("not authenticated"));
+}
+
+#[test]
+fn a_local_put_that_is_given_up_is_not_stored() {
+    let folder = tempfile::tempdir().unwrap();
+    let agent = Agent::start(folder.path(), "a", &[]);
+    let file = folder.path().join("m.safetensors");
+    model::write_sparse(&file, 4, 128 << 20);
+    genie_tests::eventually("a put is killed before it is done", || {
+        let put = agent.spawn(&["put", text(&file), "m"]);
+        // The store's memory is counted, so the copy is about to begin.
+        genie_tests::eventually("the put has begun", || {
+            let used = agent.status()["store"]["used_bytes"].as_u64()?;
+            (used >= 512 << 20).then_some(())
+        });
+        put.signal(Signal::KILL);
+        let done = put.wait(GENEROUS).status.success();
+        if done {
+            agent.json(&["rm", "m"]);
+        }
+        (!done).then_some(())
+    });
+    genie_tests::eventually("its memory is given back", || {
+        (agent.status()["store"]["used_bytes"] == 0).then_some(())
+    });
+    assert_eq!(agent.json(&["ls"]), Value::Array(vec![]));
 }
 
 #[test]
