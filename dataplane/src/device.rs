@@ -10,6 +10,7 @@
 pub mod attachments;
 pub mod fault;
 pub mod pair;
+pub mod registrations;
 
 use arrayvec::ArrayVec;
 use serde::{Deserialize, Serialize};

@@ -12,6 +12,7 @@ use super::open::{OpenError, Options};
 use super::pair::Claim;
 use super::spec::DeviceSpec;
 use crate::device::attachments::Attachments;
+use crate::device::registrations::Registrations;
 use crate::device::{AttachError, Attachment, BURST_MAX, Capabilities, Counters, Device, TxFrame};
 use crate::ledger::Copies;
 use crate::memory::{Lease, Region, View};
@@ -31,19 +32,19 @@ pub struct Port {
     capabilities: Capabilities,
     /// Beside each lease: the library's handle.
     attachments: Attachments<u32>,
-    registrations: Vec<Registration>,
+    /// Regions mapped for the device's DMA.
+    registrations: Registrations,
+    /// Polls since regions that nobody holds were last looked for.
+    polls: u32,
     /// Room for a burst, so that an idle poll need not clear any.
     received: Box<[MaybeUninit<abi::RxFrame>; BURST_MAX]>,
     unusable_frames: u64,
     _claim: Option<Claim>,
 }
 
-/// A region mapped for the device's DMA while leases of it are attached.
-#[derive(Debug)]
-struct Registration {
-    region: Arc<Region>,
-    leases: usize,
-}
+/// Empty polls between two looks for regions that nobody holds: a look is a
+/// load or two a region, and an idle engine polls once a millisecond.
+const SWEEP_EVERY: u32 = 256;
 
 impl Port {
     /// Loads the library, brings DPDK up if this is the first port, and opens
@@ -80,7 +81,8 @@ impl Port {
             info,
             capabilities,
             attachments: Attachments::new(),
-            registrations: Vec::new(),
+            registrations: Registrations::default(),
+            polls: 0,
             received: Box::new([const { MaybeUninit::uninit() }; BURST_MAX]),
             unusable_frames: 0,
             _claim: claim,
@@ -137,43 +139,28 @@ impl Port {
         if !self.info.has(abi::CAP_NEEDS_REGISTRATION) {
             return Ok(());
         }
-        let region = lease.region();
-        if let Some(known) = self
-            .registrations
-            .iter_mut()
-            .find(|r| Arc::ptr_eq(&r.region, region))
-        {
-            known.leases += 1;
-            return Ok(());
-        }
-        let (base, len) = (region.as_ptr(), region.len() as u64);
-        let page_bytes = region.backing().page_bytes() as u64;
-        let mut text = abi::Text::EMPTY;
-        // SAFETY: the region is mapped until `registrations` drops it, whole
-        // pages by its own invariant; the port is open.
-        let status = unsafe {
-            (self.library.api().mem_register)(self.raw.as_ptr(), base, len, page_bytes, &mut text)
-        };
-        if status != abi::STATUS_OK {
-            return Err(AttachError::Unreachable(text.as_str().into()));
-        }
-        self.registrations.push(Registration {
-            region: Arc::clone(region),
-            leases: 1,
-        });
-        Ok(())
+        let (library, port) = (self.library, self.raw.as_ptr());
+        self.registrations.register(lease.region(), |region| {
+            let (base, len) = (region.as_ptr(), region.len() as u64);
+            let page_bytes = region.backing().page_bytes() as u64;
+            let mut text = abi::Text::EMPTY;
+            // SAFETY: the region is mapped until `registrations` gives it up,
+            // whole pages by its own invariant; the port is open.
+            let status =
+                unsafe { (library.api().mem_register)(port, base, len, page_bytes, &mut text) };
+            if status == abi::STATUS_OK {
+                Ok(())
+            } else {
+                Err(AttachError::Unreachable(text.as_str().into()))
+            }
+        })
     }
 
-    fn unregister(&mut self, lease: &Lease) {
-        let is_of = |r: &Registration| Arc::ptr_eq(&r.region, lease.region());
-        let Some(index) = self.registrations.iter().position(is_of) else {
-            return;
-        };
-        self.registrations[index].leases -= 1;
-        if self.registrations[index].leases == 0 {
-            let region = self.registrations.swap_remove(index).region;
-            self.unmap(region);
-        }
+    /// Gives back regions that nobody holds any more.
+    fn sweep(&mut self) {
+        let mut registrations = std::mem::take(&mut self.registrations);
+        registrations.sweep(|region| self.unmap(region));
+        self.registrations = registrations;
     }
 
     fn unmap(&self, region: Arc<Region>) {
@@ -204,6 +191,11 @@ impl Device for Port {
         let count =
             unsafe { (self.library.api().rx_burst)(self.raw.as_ptr(), first, BURST_MAX as u32) };
         if count == 0 {
+            self.polls += 1;
+            if self.polls >= SWEEP_EVERY {
+                self.polls = 0;
+                self.sweep();
+            }
             return 0;
         }
         let burst = Burst {
@@ -254,16 +246,12 @@ impl Device for Port {
         let status =
             unsafe { (self.library.api().ext_attach)(self.raw.as_ptr(), base, len, &mut text) };
         let Ok(handle) = u32::try_from(status) else {
-            self.unregister(&lease);
             return Err(AttachError::Full);
         };
-        self.attachments
-            .insert(lease.clone(), handle)
-            .inspect_err(|_| {
-                // SAFETY: given above; no frame refers to it.
-                unsafe { (self.library.api().ext_detach)(self.raw.as_ptr(), handle) };
-                self.unregister(&lease);
-            })
+        self.attachments.insert(lease, handle).inspect_err(|_| {
+            // SAFETY: given above; no frame refers to it.
+            unsafe { (self.library.api().ext_detach)(self.raw.as_ptr(), handle) };
+        })
     }
 
     fn detach(&mut self, attachment: Attachment) -> bool {
@@ -277,9 +265,7 @@ impl Device for Port {
                 return false;
             }
         }
-        if let Some((lease, _)) = self.attachments.remove(attachment) {
-            self.unregister(&lease);
-        }
+        self.attachments.remove(attachment);
         true
     }
 
@@ -333,8 +319,8 @@ impl Device for Port {
 impl Drop for Port {
     fn drop(&mut self) {
         self.stop();
-        for registration in std::mem::take(&mut self.registrations) {
-            self.unmap(registration.region);
+        for region in self.registrations.take() {
+            self.unmap(region);
         }
         // SAFETY: the handle is not used again.
         let missing = unsafe { (self.library.api().port_close)(self.raw.as_ptr()) };

@@ -46,6 +46,14 @@ pub enum RegionError {
     /// for the address space.
     #[error("a region of {0} bytes cannot be made: whole pages, and at least one, are needed")]
     Size(u64),
+    /// A memory file of a stranger's that is longer than it may be.
+    #[error("the memory file has {len} bytes, {len_max} are allowed")]
+    TooLong {
+        /// Its length.
+        len: usize,
+        /// The limit.
+        len_max: usize,
+    },
     /// The kernel refused the memory file.
     #[error("cannot create a memory file of {len_bytes} bytes ({backing:?})")]
     Create {
@@ -142,7 +150,13 @@ impl Region {
         let file = rustix::fs::memfd_create("genie", flags).map_err(created)?;
         rustix::fs::ftruncate(&file, len as u64).map_err(created)?;
         rustix::fs::fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW).map_err(created)?;
-        Self::map(file, len, backing, Access::ReadWrite)
+        let region = Self::map(file, len, backing, Access::ReadWrite)?;
+        if matches!(backing, Backing::HugeTlb { .. }) {
+            // A control group may have fewer pages left than the pool: the
+            // first access beyond them would be a SIGBUS.
+            region.populate()?;
+        }
+        Ok(region)
     }
 
     /// Makes a region on 2 MiB huge pages, or on ordinary ones with the reason.
@@ -173,13 +187,17 @@ impl Region {
     ///
     /// It must be sealed against shrinking, growing, holes (`F_SEAL_WRITE` or
     /// `F_SEAL_FUTURE_WRITE`) and further sealing, and all of its pages must be
-    /// there: nothing the stranger does later can make our access fault.
-    pub fn import(file: OwnedFd) -> Result<Arc<Self>, RegionError> {
+    /// there: nothing the stranger does later can make our access fault. Nor
+    /// may it be longer than `len_max`: pages that are missing are made.
+    pub fn import(file: OwnedFd, len_max: usize) -> Result<Arc<Self>, RegionError> {
         let seals = check_seals(&file, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
         if !seals.intersects(SealFlags::WRITE | SealFlags::FUTURE_WRITE) {
             return Err(RegionError::NotSealed("F_SEAL_FUTURE_WRITE".into()));
         }
         let (len, backing) = extent(&file)?;
+        if len > len_max {
+            return Err(RegionError::TooLong { len, len_max });
+        }
         let region = Self::map(file, len, backing, Access::Read)?;
         region.populate()?;
         Ok(region)
@@ -397,7 +415,7 @@ mod tests {
     fn a_file_that_could_change_is_refused_with_the_seals_it_lacks() {
         let lacks = |file, import: bool| {
             let refused = if import {
-                Region::import(file)
+                Region::import(file, 4096)
             } else {
                 Region::from_memfd(file)
             };
@@ -428,7 +446,7 @@ mod tests {
             rustix::io::pwrite(&file, b"tensor", 0).unwrap();
             let seals = SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL | last;
             rustix::fs::fcntl_add_seals(&file, seals).unwrap();
-            let region = Region::import(file).unwrap();
+            let region = Region::import(file, 4096).unwrap();
             assert!(!region.is_writable());
             let mut bytes = [0; 6];
             Lease::whole(region).read_at(0, &mut bytes);
@@ -437,10 +455,19 @@ mod tests {
     }
 
     #[test]
+    fn a_sealed_file_that_is_too_long_is_refused_before_its_pages_are_made() {
+        let seals = SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL | SealFlags::WRITE;
+        assert!(matches!(
+            Region::import(memfd(1 << 40, seals), 1 << 30),
+            Err(RegionError::TooLong { .. })
+        ));
+    }
+
+    #[test]
     #[should_panic(expected = "may only be read")]
     fn imported_memory_is_not_written() {
         let seals = SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL | SealFlags::FUTURE_WRITE;
-        let region = Region::import(memfd(4096, seals)).unwrap();
+        let region = Region::import(memfd(4096, seals), 4096).unwrap();
         Lease::whole(region).write_at(0, (&b"x"[..]).into());
     }
 

@@ -265,7 +265,7 @@ fn memory_that_may_only_be_read_is_refused_as_a_destination() {
     rustix::fs::ftruncate(&file, 4096).unwrap();
     let seals = SealFlags::SHRINK | SealFlags::GROW | SealFlags::FUTURE_WRITE | SealFlags::SEAL;
     rustix::fs::fcntl_add_seals(&file, seals).unwrap();
-    let into = Lease::whole(Region::import(file).unwrap());
+    let into = Lease::whole(Region::import(file, usize::MAX).unwrap());
     let refused = block_on(b.endpoint.receive(b.session, into));
     assert!(
         matches!(refused, Err(FailReason::Refused(_))),
