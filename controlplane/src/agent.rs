@@ -108,7 +108,7 @@ pub fn run(config: Config, json: bool) -> Result<(), AgentError> {
 async fn serve(config: Config, json: bool) -> Result<(), AgentError> {
     let mut stop = Stop::new()?;
     let listener = listen(config.listen).await?;
-    let (applications, socket) = bind_socket(&config.socket).await?;
+    let (applications, socket) = bind_socket(&config).await?;
     let (transports, attended) = start_transports(&config)?;
     let node = Node::new(Parts {
         name: config.name.clone(),
@@ -118,6 +118,7 @@ async fn serve(config: Config, json: bool) -> Result<(), AgentError> {
         transports,
         store_bytes: config.store_bytes,
         arena_bytes: config.arena_bytes,
+        user_limits: config.user_limits,
         peers: config.peers.clone(),
         listen: listener.local_addr()?,
         socket: config.socket.clone(),
@@ -355,10 +356,26 @@ async fn accept_applications(node: &Arc<Node>, listener: &UnixListener) {
                 continue;
             }
         };
+        // The kernel's word, from when the connection was made.
+        let user = match stream.peer_cred() {
+            Ok(credentials) => node.quotas.user(credentials.uid()),
+            Err(error) => {
+                tracing::warn!("an application was dropped: {error}");
+                continue;
+            }
+        };
+        let charge = match user.connection() {
+            Ok(charge) => charge,
+            Err(error) => {
+                tracing::warn!("an application was turned away: {error}");
+                application::refuse(stream, &error);
+                continue;
+            }
+        };
         let node = Arc::clone(node);
         tokio::spawn(async move {
-            let _permit = permit;
-            match application::serve(node, stream).await {
+            let _held = (permit, charge);
+            match application::serve(node, stream, user).await {
                 // It looked whether anybody is there, or left without reading the answer.
                 Ok(()) | Err(ApplicationError::Frame(FrameError::Closed | FrameError::Io(_))) => {}
                 Err(error) => tracing::warn!("an application was dropped: {error}"),
@@ -384,7 +401,8 @@ impl Drop for SocketFile {
     }
 }
 
-async fn bind_socket(path: &Path) -> Result<(UnixListener, SocketFile), AgentError> {
+async fn bind_socket(config: &Config) -> Result<(UnixListener, SocketFile), AgentError> {
+    let path: &Path = &config.socket;
     let failed = |source| AgentError::Socket {
         path: path.to_owned(),
         source,
@@ -392,8 +410,11 @@ async fn bind_socket(path: &Path) -> Result<(UnixListener, SocketFile), AgentErr
     if let Some(folder) = path
         .parent()
         .filter(|folder| !folder.as_os_str().is_empty())
+        && !folder.exists()
     {
         std::fs::create_dir_all(folder).map_err(failed)?;
+        // Whatever the umask: who may use the socket is said by its own mode.
+        std::fs::set_permissions(folder, Permissions::from_mode(0o755)).map_err(failed)?;
     }
     let is_socket = std::fs::symlink_metadata(path).is_ok_and(|m| m.file_type().is_socket());
     if is_socket {
@@ -408,13 +429,16 @@ async fn bind_socket(path: &Path) -> Result<(UnixListener, SocketFile), AgentErr
     }
     let listener = UnixListener::bind(path).map_err(failed)?;
     let socket = SocketFile(path.to_owned());
-    std::fs::set_permissions(path, Permissions::from_mode(0o660)).map_err(failed)?;
+    if let Some(group) = config.socket_group {
+        std::os::unix::fs::chown(path, None, Some(group)).map_err(failed)?;
+    }
+    std::fs::set_permissions(path, Permissions::from_mode(config.socket_mode)).map_err(failed)?;
     Ok((listener, socket))
 }
 
 /// Says on stdout that the agent can be used.
 fn announce(node: &Node, config: &Config, json: bool) -> io::Result<()> {
-    let status = node.status();
+    let status = node.status(0);
     if let Some(warning) = &status.warning {
         tracing::warn!("{warning}");
     }

@@ -1,154 +1,39 @@
 //! The application socket: how programs on this host use the agent.
 //!
-//! A Unix stream with the same frames as between agents. Tensor bytes never
-//! pass through it: they lie in arenas, memory files that the agent makes and
-//! whose descriptors it passes with a single byte ([`DESCRIPTOR_BYTE`]) between
-//! two frames. The invariant: *the agent never uses memory that an application
-//! could still shrink or punch holes into*.
-//!
-//! ```text
-//!   put:  Arena → ← Arena + descriptor   Mapped → ← Sealed
-//!         Put, Tensors… →                ← Progress…   ← Moved
-//!   get:  Get →                          ← Progress…   ← Found, Tensors…, Moved + descriptor
-//!   List → ← Listed…      Remove → ← Removed      Status → ← Status
-//! ```
-//!
-//! Any request may be answered by `Failed`; the connection then goes on. While
-//! tensors move the application sends nothing: whatever comes, also the end of
-//! the connection, gives the move up.
+//! What is said on it is in [`genie_client::protocol`]. One task serves one
+//! connection, one request after the other; the kernel says whose connection
+//! it is, and everything it has is charged to that user. The invariant: *what
+//! an application sends, passes, writes into its memory or leaves undone ends
+//! at worst its own connection*.
 
-use std::io::IoSlice;
-use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, BorrowedFd};
+mod memory;
+
 use std::sync::Arc;
 use std::time::Duration;
 
-use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
-use serde::{Deserialize, Serialize};
-use tokio::io::{AsyncReadExt, Interest};
+use genie_client::protocol::{
+    Answer, ArenaId, Ask, FailureKind, Memory, Placed, TENSORS_PER_MESSAGE,
+};
+use genie_client::slice::Run;
+use genie_client::{Metadata, Moved, Owner};
+use tokio::io::AsyncReadExt;
 use tokio::net::UnixStream;
 use tokio::time::timeout;
 
+use crate::budget::{AllocateError, Allocation, Charge, Room};
 use crate::frame::{self, FrameError};
 use crate::node::Node;
+use crate::quota::{self, QuotaError, User};
 use crate::session::SessionError;
-use crate::status::AgentStatus;
-use crate::store::{Allocation, Listed, Owner};
-use crate::tensor::{ListLimit, Metadata, TensorError, TensorInfo};
-use crate::transfer::{self, Arrived, Moved, Progress, Source, TransferError};
-
-/// Carries a descriptor between two frames.
-pub const DESCRIPTOR_BYTE: u8 = 0xfd;
-
-/// Tensors in one message.
-pub const TENSORS_PER_MESSAGE: usize = 2048;
+use crate::tensor::{ListLimit, TensorError};
+use crate::transfer::{self, Arrived, Progress, TransferError};
+use memory::{Arenas, MemoryError, pass_descriptor, take_descriptor};
 
 /// How often progress is told: often enough for a bar to move smoothly.
 const PROGRESS_EVERY: Duration = Duration::from_millis(100);
 
 /// How long an application may leave an answer unread, or a frame unfinished.
 const PATIENCE: Duration = Duration::from_secs(10);
-
-/// What an application asks.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub enum Ask {
-    /// Memory of at least this many bytes to put tensors from.
-    Arena {
-        /// How many.
-        bytes: u64,
-    },
-    /// The arena was mapped; seal it.
-    Mapped,
-    /// Put tensors that lie in the arena; their list follows.
-    Put {
-        /// To which node's store; none for this agent's own.
-        node: Option<String>,
-        /// Under which prefix.
-        prefix: String,
-        /// How many tensors.
-        count: u64,
-        /// Kept with the prefix.
-        metadata: Option<Metadata>,
-    },
-    /// More of the list.
-    Tensors(Vec<Placed>),
-    /// Fetch tensors.
-    Get {
-        /// From which node's store; none for this agent's own.
-        node: Option<String>,
-        /// Under which prefix.
-        prefix: String,
-    },
-    /// List a store.
-    List {
-        /// Whose; none for this agent's own.
-        node: Option<String>,
-    },
-    /// Remove tensors.
-    Remove {
-        /// From whose store; none for this agent's own.
-        node: Option<String>,
-        /// A full name or a prefix.
-        name: String,
-    },
-    /// Describe yourself.
-    Status,
-}
-
-/// A tensor in an arena.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Placed {
-    /// What it is.
-    pub info: TensorInfo,
-    /// Its first byte in the arena.
-    pub offset: u64,
-}
-
-/// What the agent answers.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub enum Answer {
-    /// The arena's descriptor follows.
-    Arena,
-    /// The arena can be used.
-    Sealed,
-    /// Bytes moved so far.
-    Progress {
-        /// Verified.
-        done: u64,
-        /// To be moved.
-        total: u64,
-    },
-    /// What was fetched; its list follows.
-    Found {
-        /// How many tensors.
-        count: u64,
-        /// The prefix's metadata.
-        metadata: Option<Metadata>,
-    },
-    /// More of the list: one after the other in the memory that follows `Moved`.
-    Tensors(Vec<TensorInfo>),
-    /// The batch has moved. After a get the memory's descriptor follows.
-    Moved(Moved),
-    /// More of a listing.
-    Listed {
-        /// Stored tensors.
-        tensors: Vec<Listed>,
-        /// Whether this is all.
-        last: bool,
-    },
-    /// So many tensors were removed.
-    Removed {
-        /// How many.
-        tensors: u64,
-    },
-    /// The agent's picture.
-    Status(Box<AgentStatus>),
-    /// It could not be done.
-    Failed {
-        /// What failed, why, and what to do.
-        message: String,
-    },
-}
 
 /// Why an application's connection ended.
 #[derive(Debug, thiserror::Error)]
@@ -165,34 +50,39 @@ pub enum ApplicationError {
     /// It went away, or spoke, while its tensors moved.
     #[error("it gave up while its tensors moved")]
     GaveUp,
+    /// It has as much as one user may have.
+    #[error(transparent)]
+    Quota(#[from] QuotaError),
     /// A descriptor could not be passed.
     #[error("cannot pass a descriptor: {0}")]
     Descriptor(std::io::Error),
 }
 
-/// Why one request failed; the connection goes on.
-#[derive(Debug, thiserror::Error)]
-enum Refused {
-    #[error(transparent)]
-    Transfer(#[from] TransferError),
-    #[error("there is no sealed arena to put from: ask for one first")]
-    NoArena,
-    #[error("tensor {name:?} lies outside the arena")]
-    OutsideArena { name: String },
-    #[error("the arena cannot be sealed: {0}")]
-    Seal(genie_dataplane::memory::RegionError),
+/// Turns away whoever has too many connections, without waiting for anything.
+pub fn refuse(stream: UnixStream, error: &QuotaError) {
+    let answer = Answer::Failed {
+        kind: FailureKind::Quota,
+        message: error.to_string(),
+    };
+    let mut bytes = frame::preamble().to_vec();
+    bytes.extend(frame::encode(&answer).unwrap_or_default());
+    // There is room for it in a new socket; nobody waits if there is not.
+    let _ = stream.try_write(&bytes);
 }
 
 /// Serves one application until it leaves.
-pub async fn serve(node: Arc<Node>, mut stream: UnixStream) -> Result<(), ApplicationError> {
-    let uid = stream.peer_cred().map_err(FrameError::Io)?.uid();
+pub async fn serve(
+    node: Arc<Node>,
+    mut stream: UnixStream,
+    user: User,
+) -> Result<(), ApplicationError> {
     let exchanged = timeout(PATIENCE, frame::exchange_preamble(&mut stream)).await;
     exchanged.map_err(|_| ApplicationError::Stalled)??;
     let mut application = Application {
         node,
         stream,
-        owner: Owner::User(uid),
-        arena: None,
+        user,
+        arenas: Arenas::default(),
     };
     loop {
         // An idle application may keep its connection; a frame once begun must end.
@@ -217,31 +107,49 @@ pub async fn serve(node: Arc<Node>, mut stream: UnixStream) -> Result<(), Applic
 struct Application {
     node: Arc<Node>,
     stream: UnixStream,
-    owner: Owner,
-    arena: Option<Arena>,
-}
-
-struct Arena {
-    allocation: Arc<Allocation>,
-    sealed: bool,
+    user: User,
+    arenas: Arenas,
 }
 
 impl Application {
     async fn answer(&mut self, ask: Ask) -> Result<(), ApplicationError> {
         match ask {
-            Ask::Arena { bytes } => self.arena(bytes).await,
-            Ask::Mapped => self.seal().await,
+            Ask::Arena { bytes, memory } => self.arena(bytes, memory).await,
+            Ask::Mapped { arena } => match self.arenas.seal(arena).await {
+                Ok(()) => self.send(&Answer::Sealed).await,
+                Err(error) => self.fail(error).await,
+            },
+            Ask::Free { arena } => match self.arenas.free(arena) {
+                Ok(()) => self.send(&Answer::Freed).await,
+                Err(error) => self.fail(error).await,
+            },
+            Ask::Import => self.import().await,
+            Ask::Read {
+                offset,
+                bytes,
+                memory,
+            } => self.read(offset, bytes, memory).await,
             Ask::Put {
                 node,
                 prefix,
                 count,
                 metadata,
             } => self.put(node, prefix, count, metadata).await,
-            Ask::Get { node, prefix } => self.get(node, prefix).await,
-            Ask::List { node } => self.list(node).await,
+            Ask::Get {
+                node,
+                prefix,
+                memory,
+            } => self.get(node, prefix, memory).await,
+            Ask::Fetch {
+                node,
+                name,
+                runs,
+                memory,
+            } => self.fetch(node, name, runs, memory).await,
+            Ask::List { node, under } => self.list(node, under).await,
             Ask::Remove { node, name } => self.remove(node, &name).await,
             Ask::Status => {
-                let status = Box::new(self.node.status());
+                let status = Box::new(self.node.status(self.user.uid()));
                 self.send(&Answer::Status(status)).await
             }
             Ask::Tensors(_) => Err(ApplicationError::Unexpected(
@@ -250,14 +158,25 @@ impl Application {
         }
     }
 
-    async fn arena(&mut self, bytes: u64) -> Result<(), ApplicationError> {
-        // One arena a connection: the one before goes first, to make room.
-        self.arena = None;
+    /// Room for an arena, charged to the user.
+    fn room(&self, memory: Memory) -> Room {
+        Room {
+            budget: self.node.arenas.clone(),
+            user: Some(self.user.clone()),
+            memory,
+        }
+    }
+
+    fn owner(&self) -> Owner {
+        Owner::User(self.user.uid())
+    }
+
+    async fn arena(&mut self, bytes: u64, memory: Memory) -> Result<(), ApplicationError> {
         if self.node.begin().is_none() {
             return self.fail(TransferError::Stopping).await;
         }
-        let budget = self.node.arenas.clone();
-        let allocated = tokio::task::spawn_blocking(move || budget.allocate(bytes)).await;
+        let room = self.room(memory);
+        let allocated = tokio::task::spawn_blocking(move || room.allocate(bytes)).await;
         let allocation = match allocated {
             Ok(Ok(allocation)) => allocation,
             Ok(Err(error)) => return self.fail(TransferError::from(error)).await,
@@ -266,24 +185,84 @@ impl Application {
         if let Some(reason) = &allocation.fallback {
             tracing::debug!(%reason, bytes, "an arena is not on huge pages");
         }
-        self.send(&Answer::Arena).await?;
-        pass_descriptor(&self.stream, allocation.region().as_fd()).await?;
-        self.arena = Some(Arena {
-            allocation,
-            sealed: false,
-        });
-        Ok(())
+        let reason = allocation.fallback.clone();
+        let region = Arc::clone(allocation.region());
+        let arena = self.arenas.add(allocation, false);
+        self.send(&Answer::Arena { arena, reason }).await?;
+        pass_descriptor(&self.stream, &*region).await
     }
 
-    async fn seal(&mut self) -> Result<(), ApplicationError> {
-        let Some(arena) = &mut self.arena else {
-            return self.fail(Refused::NoArena).await;
+    async fn import(&mut self) -> Result<(), ApplicationError> {
+        let Some(file) = take_descriptor(&self.stream).await? else {
+            return self.fail(MemoryError::NoDescriptor).await;
         };
-        match arena.allocation.region().seal() {
-            Ok(()) => arena.sealed = true,
-            Err(error) => return self.fail(Refused::Seal(error)).await,
+        let room = self.room(Memory::Auto);
+        let import = async move {
+            let import = tokio::task::spawn_blocking(move || memory::import(file, &room));
+            import.await.unwrap_or(Err(TransferError::Stopping.into()))
+        };
+        match self.attend(import, &Progress::default()).await? {
+            Ok(allocation) => self.imported(allocation, None, 0).await,
+            Err(error) => self.fail(error).await,
         }
-        self.send(&Answer::Sealed).await
+    }
+
+    async fn read(
+        &mut self,
+        offset: u64,
+        bytes: u64,
+        memory: Memory,
+    ) -> Result<(), ApplicationError> {
+        let Some(file) = take_descriptor(&self.stream).await? else {
+            return self.fail(MemoryError::NoDescriptor).await;
+        };
+        let (node, room, progress) = (
+            Arc::clone(&self.node),
+            self.room(memory),
+            Progress::default(),
+        );
+        let (told, shown) = (progress.clone(), progress.clone());
+        // The thread cannot be stopped: it is told when nobody waits any more,
+        // and on a file system that hangs it counts as a connection for so long.
+        let thread = match self.user.connection() {
+            Ok(charge) => charge,
+            Err(error) => {
+                return self
+                    .fail(TransferError::from(AllocateError::from(error)))
+                    .await;
+            }
+        };
+        let read = async move {
+            let _given_up = told.give_up_on_drop();
+            let _busy = node.begin().ok_or(TransferError::Stopping)?;
+            let read = move || {
+                let _thread = thread;
+                memory::read(&file, offset, bytes, &room, &progress)
+            };
+            let read = tokio::task::spawn_blocking(read).await;
+            read.unwrap_or(Err(TransferError::Stopping.into()))
+        };
+        match self.attend(read, &shown).await? {
+            Ok(allocation) => self.imported(allocation, Some(bytes), bytes).await,
+            Err(error) => self.fail(error).await,
+        }
+    }
+
+    async fn imported(
+        &mut self,
+        allocation: Allocation,
+        bytes: Option<u64>,
+        copied: u64,
+    ) -> Result<(), ApplicationError> {
+        let bytes = bytes.unwrap_or(allocation.region().len() as u64);
+        // Nobody else can write what was read; what came sealed was checked.
+        let arena = self.arenas.add(allocation, true);
+        self.send(&Answer::Imported {
+            arena,
+            bytes,
+            copied,
+        })
+        .await
     }
 
     async fn put(
@@ -293,51 +272,13 @@ impl Application {
         count: u64,
         metadata: Option<Metadata>,
     ) -> Result<(), ApplicationError> {
-        let begun = ListLimit::new(count, metadata.as_ref()).map_err(TransferError::from);
-        let begun = begun.and_then(|limit| {
-            let charge = self.node.arenas.charge(limit.bytes() as u64)?;
-            Ok((limit, charge))
-        });
-        let (mut limit, mut charge) = match begun {
-            Ok(begun) => begun,
-            Err(error) => {
-                self.fail(error).await?;
-                return Err(ApplicationError::Unexpected("a list that is refused"));
-            }
-        };
-        let mut placed = Vec::new();
-        while (placed.len() as u64) < count {
-            match self.recv().await? {
-                Ask::Tensors(more) if !more.is_empty() => {
-                    let checked = more.iter().try_for_each(|one| limit.add(&one.info));
-                    let counted = checked.map_err(TransferError::from).and_then(|()| {
-                        let bytes = limit.bytes() + more.len() * size_of::<u64>();
-                        Ok(charge.grow_to(bytes as u64)?)
-                    });
-                    if let Err(error) = counted {
-                        // What is still to come of the list cannot be told
-                        // from the next request: this ends the connection.
-                        self.fail(error).await?;
-                        return Err(ApplicationError::Unexpected("a list that is refused"));
-                    }
-                    placed.extend(more);
-                }
-                _ => {
-                    return Err(ApplicationError::Unexpected(
-                        "something instead of its list",
-                    ));
-                }
-            }
-        }
-        let sources = match self.sources(placed) {
+        let (placed, charge) = self.recv_placed(count, metadata.as_ref()).await?;
+        let sources = match self.arenas.sources(placed) {
             Ok(sources) => sources,
-            Err(refused) => return self.fail(refused).await,
+            Err(error) => return self.fail(error).await,
         };
-        let (node, owner, progress) = (
-            Arc::clone(&self.node),
-            self.owner.clone(),
-            Progress::default(),
-        );
+        let (node, owner) = (Arc::clone(&self.node), self.owner());
+        let progress = Progress::default();
         let told = progress.clone();
         let operation = async move {
             let _charge = charge;
@@ -365,38 +306,73 @@ impl Application {
         }
     }
 
-    fn sources(&self, placed: Vec<Placed>) -> Result<Vec<Source>, Refused> {
-        let arena = self
-            .arena
-            .as_ref()
-            .filter(|arena| arena.sealed)
-            .ok_or(Refused::NoArena)?;
-        let region = arena.allocation.region();
-        let source = |Placed { info, offset }| {
-            let len = TensorInfo::len_bytes(&info).map_err(TransferError::from)?;
-            let lease = genie_dataplane::memory::Lease::new(Arc::clone(region), offset, len)
-                .map_err(|_| Refused::OutsideArena {
-                    name: info.name.clone(),
-                })?;
-            Ok(Source { info, lease })
+    /// Collects the list of a put, checking and counting it as it comes.
+    ///
+    /// What is still to come of a list that is refused cannot be told from the
+    /// next request: that ends the connection.
+    async fn recv_placed(
+        &mut self,
+        count: u64,
+        metadata: Option<&Metadata>,
+    ) -> Result<(Vec<Placed>, (Charge, quota::Charge)), ApplicationError> {
+        const REFUSED: ApplicationError = ApplicationError::Unexpected("a list that is refused");
+        let begun = ListLimit::new(count, metadata).map_err(TransferError::from);
+        let begun = begun.and_then(|limit| {
+            let bytes = limit.bytes() as u64;
+            let user = self.user.bytes(bytes).map_err(AllocateError::from)?;
+            Ok((limit, self.node.arenas.charge(bytes)?, user))
+        });
+        let (mut limit, mut charge, mut user) = match begun {
+            Ok(begun) => begun,
+            Err(error) => {
+                self.fail(error).await?;
+                return Err(REFUSED);
+            }
         };
-        placed.into_iter().map(source).collect()
+        let mut placed = Vec::new();
+        while (placed.len() as u64) < count {
+            let more = match self.recv().await? {
+                Ask::Tensors(more) if !more.is_empty() => more,
+                _ => {
+                    return Err(ApplicationError::Unexpected(
+                        "something instead of its list",
+                    ));
+                }
+            };
+            let checked = more.iter().try_for_each(|one| limit.add(&one.info));
+            let counted = checked.map_err(TransferError::from).and_then(|()| {
+                let bytes = (limit.bytes() + placed.len() * size_of::<Placed>()) as u64;
+                user.grow_to(bytes).map_err(AllocateError::from)?;
+                Ok(charge.grow_to(bytes)?)
+            });
+            if let Err(error) = counted {
+                self.fail(error).await?;
+                return Err(REFUSED);
+            }
+            placed.extend(more);
+        }
+        Ok((placed, (charge, user)))
     }
 
-    async fn get(&mut self, from: Option<String>, prefix: String) -> Result<(), ApplicationError> {
+    async fn get(
+        &mut self,
+        from: Option<String>,
+        prefix: String,
+        memory: Memory,
+    ) -> Result<(), ApplicationError> {
         let (node, progress) = (Arc::clone(&self.node), Progress::default());
-        let told = progress.clone();
+        let (room, owner, told) = (self.room(memory), self.owner(), progress.clone());
         let operation = async move {
             let _busy = node.begin().ok_or(TransferError::Stopping)?;
             match remote(&node, from) {
                 Some(peer) => {
                     let session = node.session(&peer).await?;
-                    transfer::get(&session, &prefix, &node.arenas, &told).await
+                    transfer::get(&session, &prefix, &room, &told).await
                 }
                 None => {
                     let _given_up = told.give_up_on_drop();
-                    let (store, arenas) = (node.store.clone(), node.arenas.clone());
-                    let fetch = move || transfer::get_local(&store, &prefix, &arenas, &told);
+                    let store = node.store.clone();
+                    let fetch = move || transfer::get_local(&store, &prefix, &owner, &room, &told);
                     tokio::task::spawn_blocking(fetch)
                         .await
                         .unwrap_or(Err(TransferError::Stopping))
@@ -412,10 +388,6 @@ impl Application {
             metadata,
             allocation,
         } = arrived;
-        // From here on nobody but us can write it.
-        if let Err(error) = allocation.region().seal() {
-            return self.fail(Refused::Seal(error)).await;
-        }
         self.send(&Answer::Found {
             count: tensors.len() as u64,
             metadata,
@@ -424,25 +396,71 @@ impl Application {
         for tensors in tensors.chunks(TENSORS_PER_MESSAGE) {
             self.send(&Answer::Tensors(tensors.to_vec())).await?;
         }
-        self.send(&Answer::Moved(moved)).await?;
-        pass_descriptor(&self.stream, allocation.region().as_fd()).await?;
-        // Counted until the application asks for something else or leaves.
-        self.arena = Some(Arena {
-            allocation,
-            sealed: true,
-        });
-        Ok(())
+        self.hand_over(allocation, moved).await
     }
 
-    async fn list(&mut self, node: Option<String>) -> Result<(), ApplicationError> {
+    async fn fetch(
+        &mut self,
+        from: Option<String>,
+        name: String,
+        runs: Vec<Run>,
+        memory: Memory,
+    ) -> Result<(), ApplicationError> {
+        let (node, progress) = (Arc::clone(&self.node), Progress::default());
+        let (room, owner, told) = (self.room(memory), self.owner(), progress.clone());
+        let operation = async move {
+            let _busy = node.begin().ok_or(TransferError::Stopping)?;
+            match remote(&node, from) {
+                Some(peer) => {
+                    let session = node.session(&peer).await?;
+                    transfer::fetch(&session, &name, runs, &room, &told).await
+                }
+                None => {
+                    let _given_up = told.give_up_on_drop();
+                    let store = node.store.clone();
+                    let part =
+                        move || transfer::part_local(&store, &name, &runs, &owner, &room, &told);
+                    tokio::task::spawn_blocking(part)
+                        .await
+                        .unwrap_or(Err(TransferError::Stopping))
+                }
+            }
+        };
+        match self.attend(operation, &progress).await? {
+            Ok((arrived, moved)) => self.hand_over(arrived.allocation, moved).await,
+            Err(error) => self.fail(error).await,
+        }
+    }
+
+    /// Passes memory that was filled, and that nobody can change from here on.
+    async fn hand_over(
+        &mut self,
+        allocation: Allocation,
+        moved: Moved,
+    ) -> Result<(), ApplicationError> {
+        let region = Arc::clone(allocation.region());
+        if let Err(error) = region.seal() {
+            return self.fail(MemoryError::Seal(error)).await;
+        }
+        // Counted until the application frees it or leaves.
+        let arena: ArenaId = self.arenas.add(allocation, true);
+        self.send(&Answer::Arrived { arena, moved }).await?;
+        pass_descriptor(&self.stream, &*region).await
+    }
+
+    async fn list(
+        &mut self,
+        node: Option<String>,
+        under: Option<String>,
+    ) -> Result<(), ApplicationError> {
         let node_here = Arc::clone(&self.node);
         let Some(_busy) = node_here.begin() else {
             return self.fail(TransferError::Stopping).await;
         };
         let listed = match remote(&self.node, node) {
-            None => Ok(self.node.store.list()),
+            None => Ok(self.node.store.list(under.as_deref(), &self.owner())),
             Some(peer) => match self.node.session(&peer).await {
-                Ok(session) => transfer::list(&session).await,
+                Ok(session) => transfer::list(&session, under).await,
                 Err(error) => Err(error.into()),
             },
         };
@@ -470,7 +488,10 @@ impl Application {
             return self.fail(TransferError::Stopping).await;
         };
         let removed = match remote(&self.node, node) {
-            None => self.node.store.remove(name).map_err(TransferError::from),
+            None => {
+                let removed = self.node.store.remove(name, &self.owner());
+                removed.map_err(TransferError::from)
+            }
             Some(peer) => match self.node.session(&peer).await {
                 Ok(session) => transfer::remove(&session, name).await,
                 Err(error) => Err(error.into()),
@@ -510,9 +531,10 @@ impl Application {
         }
     }
 
-    async fn fail(&mut self, error: impl Into<Refused>) -> Result<(), ApplicationError> {
-        let message = error.into().to_string();
-        self.send(&Answer::Failed { message }).await
+    async fn fail(&mut self, error: impl Into<MemoryError>) -> Result<(), ApplicationError> {
+        let error = error.into();
+        let (kind, message) = (error.kind(), error.to_string());
+        self.send(&Answer::Failed { kind, message }).await
     }
 
     async fn send(&mut self, answer: &Answer) -> Result<(), ApplicationError> {
@@ -526,13 +548,33 @@ impl Application {
     }
 }
 
-impl From<TensorError> for Refused {
+/// What a failure means to a program.
+fn kind_of(error: &TransferError) -> FailureKind {
+    use crate::store::CommitError;
+    match error {
+        TransferError::NotFound(_) => FailureKind::NotFound,
+        TransferError::Commit(CommitError::Taken { .. } | CommitError::Foreign { .. }) => {
+            FailureKind::Taken
+        }
+        TransferError::Tensor(_) | TransferError::Slice(_) => FailureKind::Invalid,
+        TransferError::Allocate(AllocateError::Quota(_)) => FailureKind::Quota,
+        TransferError::Allocate(AllocateError::Import(_)) => FailureKind::Descriptor,
+        TransferError::Allocate(_) => FailureKind::NoMemory,
+        TransferError::Digest { .. } | TransferError::Failed(_) => FailureKind::Corrupt,
+        TransferError::Session(_) | TransferError::Peer { .. } | TransferError::Stalled { .. } => {
+            FailureKind::Peer
+        }
+        TransferError::Stopping | TransferError::GivenUp => FailureKind::Stopping,
+    }
+}
+
+impl From<TensorError> for MemoryError {
     fn from(error: TensorError) -> Self {
         Self::Transfer(error.into())
     }
 }
 
-impl From<SessionError> for Refused {
+impl From<SessionError> for MemoryError {
     fn from(error: SessionError) -> Self {
         Self::Transfer(error.into())
     }
@@ -541,20 +583,4 @@ impl From<SessionError> for Refused {
 /// The peer that is meant, unless it is this node itself.
 fn remote(node: &Node, name: Option<String>) -> Option<String> {
     name.filter(|name| *name != node.name)
-}
-
-async fn pass_descriptor(stream: &UnixStream, fd: BorrowedFd<'_>) -> Result<(), ApplicationError> {
-    let send = || {
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-        let mut control = SendAncillaryBuffer::new(&mut space);
-        let fds = [fd];
-        control.push(SendAncillaryMessage::ScmRights(&fds));
-        let bytes = [IoSlice::new(&[DESCRIPTOR_BYTE])];
-        rustix::net::sendmsg(stream, &bytes, &mut control, SendFlags::NOSIGNAL)?;
-        Ok(())
-    };
-    timeout(PATIENCE, stream.async_io(Interest::WRITABLE, send))
-        .await
-        .map_err(|_| ApplicationError::Stalled)?
-        .map_err(ApplicationError::Descriptor)
 }

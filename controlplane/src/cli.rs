@@ -13,6 +13,7 @@ use std::process::ExitCode;
 
 use clap::builder::FalseyValueParser;
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
+use genie_client::{Client, ClientError, Memory, NotOfArena};
 use serde::Serialize;
 use tracing_subscriber::EnvFilter;
 
@@ -20,7 +21,6 @@ use hugepages::{HugepagesCommand, HugepagesError};
 
 use crate::agent::{self, AgentError};
 use crate::bench::{self, BenchArgs, BenchError};
-use crate::client::{Client, ClientError};
 use crate::config::{AgentArgs, Config, ConfigError, default_socket};
 use crate::safetensors::FileError;
 use crate::tensor::{TensorError, check_name};
@@ -51,6 +51,8 @@ enum Command {
         #[arg(value_name = "[NODE:]PREFIX")]
         to: Target,
         #[command(flatten)]
+        pages: Pages,
+        #[command(flatten)]
         agent: Local,
     },
     /// Write the tensors under a prefix into a file
@@ -60,6 +62,8 @@ enum Command {
         from: Target,
         /// The .safetensors file to write
         file: PathBuf,
+        #[command(flatten)]
+        pages: Pages,
         #[command(flatten)]
         agent: Local,
     },
@@ -88,6 +92,14 @@ enum Command {
     },
     /// Measure what transports carry, beside what this machine can carry
     Bench(Box<BenchArgs>),
+}
+
+/// Which pages tensors pass through.
+#[derive(Args, Debug)]
+struct Pages {
+    /// Memory between file and agent: auto, host, or hugepage, which fails rather than use other pages
+    #[arg(long, value_name = "KIND", default_value_t, env = "GENIE_MEMORY")]
+    memory: Memory,
 }
 
 /// How to reach this host's agent.
@@ -122,6 +134,8 @@ enum CommandError {
     Bench(#[from] BenchError),
     #[error("{file}: {source}")]
     Tensor { file: String, source: TensorError },
+    #[error("{file}: {source}")]
+    Arena { file: String, source: NotOfArena },
     #[error("cannot print: {0}")]
     Print(io::Error),
     #[error("cannot watch for signals: {0}")]
@@ -194,12 +208,24 @@ fn run(command: Command, json: bool) -> Result<(), CommandError> {
             let names = std::env::vars_os().filter_map(|(name, _)| name.into_string().ok());
             Ok(agent::run(Config::load(*args, names)?, json)?)
         }
-        Command::Put { file, to, agent } => {
-            let report = move_file::put(&mut agent.connect()?, &file, &to, json)?;
+        Command::Put {
+            file,
+            to,
+            pages,
+            agent,
+        } => {
+            let client = &mut agent.connect()?;
+            let report = move_file::put(client, &file, &to, pages.memory, json)?;
             print(json, &report, || show::moved("put", &report))
         }
-        Command::Get { from, file, agent } => {
-            let report = move_file::get(&mut agent.connect()?, &from, &file, json)?;
+        Command::Get {
+            from,
+            file,
+            pages,
+            agent,
+        } => {
+            let client = &mut agent.connect()?;
+            let report = move_file::get(client, &from, &file, pages.memory, json)?;
             print(json, &report, || show::moved("got", &report))
         }
         Command::Ls { node, agent } => {
@@ -296,7 +322,10 @@ mod tests {
 
     #[test]
     fn errors_cannot_act_on_a_terminal() {
-        let client = CommandError::Client(ClientError::Failed("a\n\u{1b}[1mb".into()));
+        let client = CommandError::Client(ClientError::Failed {
+            kind: genie_client::FailureKind::Peer,
+            message: "a\n\u{1b}[1mb".into(),
+        });
         assert_eq!(client.shown(), r"a\n\u{1b}[1mb");
         let print = CommandError::Print(io::Error::other("a\nb\u{7}"));
         assert_eq!(print.shown(), "cannot print: a\nb\\u{7}");

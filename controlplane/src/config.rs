@@ -15,6 +15,7 @@ use genie_dataplane::dpdk::DeviceSpec;
 use genie_dataplane::tcp::STREAMS_MAX;
 use serde::Deserialize;
 
+use crate::quota::Limits;
 use crate::tensor::check_name;
 use crate::transport::{Preference, PreferenceError};
 use crate::units::{UnitError, parse_bytes, parse_duration, show_bytes};
@@ -63,6 +64,12 @@ pub struct AgentArgs {
     /// The socket for programs on this host
     #[arg(long, value_name = "PATH", env = "GENIE_SOCKET")]
     pub socket: Option<PathBuf>,
+    /// Who may use the socket, as an octal file mode [default: 0666 for an agent of root's, else 0600]
+    #[arg(long, value_name = "MODE", env = "GENIE_SOCKET_MODE", value_parser = parse_mode)]
+    pub socket_mode: Option<u32>,
+    /// The socket's group, by name or number
+    #[arg(long, value_name = "GROUP", env = "GENIE_SOCKET_GROUP")]
+    pub socket_group: Option<String>,
     /// Transports allowed, best first: auto, or one or more of dpdk,tcp [default: auto]
     #[arg(long, value_name = "LIST", env = "GENIE_TRANSPORT")]
     pub transport: Option<Preference>,
@@ -86,6 +93,15 @@ pub struct AgentArgs {
     /// Limit of all applications' arenas together [default: a quarter of the memory]
     #[arg(long, value_name = "BYTES", env = "GENIE_ARENA_BYTES", value_parser = parse_bytes)]
     pub arena_bytes: Option<u64>,
+    /// Limit of one user's arenas [default: three quarters of --arena-bytes]
+    #[arg(long, value_name = "BYTES", env = "GENIE_USER_ARENA_BYTES", value_parser = parse_bytes)]
+    pub user_arena_bytes: Option<u64>,
+    /// Most arenas of one user [default: 256]
+    #[arg(long, value_name = "N", env = "GENIE_USER_ARENAS")]
+    pub user_arenas: Option<u64>,
+    /// Most connections of one user, each with one request at a time [default: 64]
+    #[arg(long, value_name = "N", env = "GENIE_USER_CONNECTIONS")]
+    pub user_connections: Option<u64>,
     /// Give a silent peer up after this long [default: 2s]
     #[arg(long, value_name = "TIME", env = "GENIE_LIVENESS", value_parser = parse_duration)]
     pub liveness: Option<Duration>,
@@ -111,6 +127,10 @@ pub struct Config {
     pub data: SocketAddr,
     /// Application socket.
     pub socket: PathBuf,
+    /// Its file mode.
+    pub socket_mode: u32,
+    /// Its group, if not the agent's own.
+    pub socket_group: Option<u32>,
     /// Transports allowed, best first.
     pub transport: Preference,
     /// DPDK device.
@@ -123,6 +143,8 @@ pub struct Config {
     pub store_bytes: u64,
     /// Limit of all arenas.
     pub arena_bytes: u64,
+    /// What one user may have.
+    pub user_limits: Limits,
     /// After how much silence a peer is given up.
     pub liveness: Duration,
     /// For how long a request may make no progress.
@@ -197,29 +219,39 @@ struct File {
     listen: Option<SocketAddr>,
     data: Option<SocketAddr>,
     socket: Option<PathBuf>,
+    socket_mode: Option<String>,
+    socket_group: Option<String>,
     transport: Option<OneOrMore>,
     dpdk_device: Option<DeviceSpec>,
     dpdk_address: Option<OneOrMore>,
     peer: BTreeMap<String, String>,
     store_bytes: Option<Number>,
     arena_bytes: Option<Number>,
+    user_arena_bytes: Option<Number>,
+    user_arenas: Option<u64>,
+    user_connections: Option<u64>,
     liveness: Option<String>,
     stall: Option<String>,
     streams: Option<u16>,
     allow_unauthenticated: bool,
 }
 
-const KEYS: [&str; 14] = [
+const KEYS: [&str; 19] = [
     "name",
     "listen",
     "data",
     "socket",
+    "socket-mode",
+    "socket-group",
     "transport",
     "dpdk-device",
     "dpdk-address",
     "peer",
     "store-bytes",
     "arena-bytes",
+    "user-arena-bytes",
+    "user-arenas",
+    "user-connections",
     "liveness",
     "stall",
     "streams",
@@ -291,13 +323,44 @@ impl Config {
             }
             (None, None) => Ok(default),
         };
-        let bytes = |arg: Option<u64>, file: Option<Number>, key| match (arg, file) {
+        let bytes = |arg: Option<u64>, file: Option<Number>, key, default| match (arg, file) {
             (Some(bytes), _) | (None, Some(Number::Plain(bytes))) => Ok(bytes),
             (None, Some(Number::Text(text))) => {
                 parse_bytes(&text).map_err(|error| value(key)(error.to_string()))
             }
-            (None, None) => Ok(quarter_of_memory()),
+            (None, None) => Ok(default),
         };
+        let arena_bytes = bytes(
+            args.arena_bytes,
+            file.arena_bytes,
+            "arena-bytes",
+            quarter_of_memory(),
+        )?;
+        let user_limits = Limits {
+            bytes: bytes(
+                args.user_arena_bytes,
+                file.user_arena_bytes,
+                "user-arena-bytes",
+                arena_bytes / 4 * 3,
+            )?,
+            arenas: args.user_arenas.or(file.user_arenas).unwrap_or(256),
+            connections: args
+                .user_connections
+                .or(file.user_connections)
+                .unwrap_or(64),
+        };
+        let socket_mode = match (args.socket_mode, file.socket_mode) {
+            (Some(mode), _) => mode,
+            (None, Some(text)) => parse_mode(&text).map_err(value("socket-mode"))?,
+            // Peer credentials and quotas keep users apart; a group does more.
+            (None, None) if rustix::process::geteuid().is_root() => 0o666,
+            (None, None) => 0o600,
+        };
+        let socket_group = args.socket_group.or(file.socket_group);
+        let socket_group = socket_group
+            .map(|group| find_group(&group))
+            .transpose()
+            .map_err(value("socket-group"))?;
         let peers = if args.peer.is_empty() {
             let parse =
                 |(name, address)| parse_peer(&format!("{name}={address}")).map_err(value("peer"));
@@ -316,12 +379,20 @@ impl Config {
                 Some(socket) => socket,
                 None => default_socket().ok_or(ConfigError::NoSocket)?,
             },
+            socket_mode,
+            socket_group,
             transport,
             dpdk_device: args.dpdk_device.or(file.dpdk_device),
             dpdk_addresses,
             peers,
-            store_bytes: bytes(args.store_bytes, file.store_bytes, "store-bytes")?,
-            arena_bytes: bytes(args.arena_bytes, file.arena_bytes, "arena-bytes")?,
+            store_bytes: bytes(
+                args.store_bytes,
+                file.store_bytes,
+                "store-bytes",
+                quarter_of_memory(),
+            )?,
+            arena_bytes,
+            user_limits,
             liveness: time(args.liveness, file.liveness, "liveness", LIVENESS)?,
             stall: time(args.stall, file.stall, "stall", STALL)?,
             streams: args.streams.or(file.streams).unwrap_or(2),
@@ -379,9 +450,10 @@ impl Config {
     /// The limits in words, for the log.
     pub fn limits(&self) -> String {
         format!(
-            "store {}, arenas {}",
+            "store {}, arenas {}, of each user {}",
             show_bytes(self.store_bytes),
-            show_bytes(self.arena_bytes)
+            show_bytes(self.arena_bytes),
+            show_bytes(self.user_limits.bytes)
         )
     }
 }
@@ -425,6 +497,29 @@ pub fn default_socket() -> Option<PathBuf> {
     }
     let runtime = std::env::var_os("XDG_RUNTIME_DIR").filter(|path| !path.is_empty())?;
     Some(Path::new(&runtime).join("genie/agent.sock"))
+}
+
+/// Reads an octal file mode without special bits.
+fn parse_mode(text: &str) -> Result<u32, String> {
+    let mode = u32::from_str_radix(text, 8).ok();
+    mode.filter(|mode| *mode <= 0o777)
+        .ok_or_else(|| format!("'{text}' is no octal file mode, such as 0666 or 0660"))
+}
+
+/// A group's number, by its name in `/etc/group` or as it is.
+fn find_group(group: &str) -> Result<u32, String> {
+    if let Ok(number) = group.parse() {
+        return Ok(number);
+    }
+    let file = std::fs::read_to_string("/etc/group").unwrap_or_default();
+    // group(5): name, password, number, members
+    let number = file.lines().find_map(|line| {
+        let mut fields = line.split(':');
+        (fields.next() == Some(group)).then(|| fields.nth(1)?.parse().ok())?
+    });
+    number.ok_or_else(|| {
+        format!("no group is called '{group}' in /etc/group: add it with 'groupadd {group}', or give its number")
+    })
 }
 
 /// Reads `NAME=ADDRESS`; an address is `HOST`, `HOST:PORT` or `[IPV6]:PORT`.

@@ -1,107 +1,16 @@
-//! Frames: a length and a MessagePack body, after a preamble that says which
-//! protocol this is.
+//! Frames for asynchronous code; what they are is said in [`genie_client::frame`].
 //!
-//! ```text
-//!   preamble (8 bytes, once, each way):  'G' 'N' 'I' 'E'  lowest u16  highest u16
-//!   frame:                               length u32, then that many bytes of MessagePack
-//! ```
-//!
-//! All integers are big-endian. Used on the connection between two agents and
-//! on the application socket. The invariant: *what a peer sends can neither
-//! panic nor make us allocate more than it has really sent*.
+//! Used on the connection between two agents and on the application socket.
+//! The invariant: *what a peer sends can neither panic nor make us allocate
+//! more than it has really sent*.
 
-use std::io::{self, Read, Write};
-use std::ops::RangeInclusive;
+use std::io;
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
-/// Largest body in bytes. Lists longer than this travel in several frames.
-pub const BODY_MAX: usize = 16 << 20;
-
-/// Largest body before the other side has introduced itself.
-pub const HELLO_MAX: usize = 64 << 10;
-
-/// Versions of the control protocol that this build speaks.
-pub const VERSIONS: RangeInclusive<u16> = 1..=1;
-
-const MAGIC: [u8; 4] = *b"GNIE";
-
-/// Why a frame could not be read.
-#[derive(Debug, thiserror::Error)]
-pub enum FrameError {
-    /// The other side closed the connection between two frames.
-    #[error("the connection was closed")]
-    Closed,
-    /// The connection failed or ended inside a frame.
-    #[error("the connection failed: {0}")]
-    Io(#[source] io::Error),
-    /// The first bytes are not Genie's.
-    #[error("the other side does not speak Genie's protocol: is this the right port?")]
-    NotGenie,
-    /// No version in common.
-    #[error(
-        "the other side speaks protocol versions {} to {}, this build {} to {}: upgrade the older one",
-        theirs.start(), theirs.end(), VERSIONS.start(), VERSIONS.end()
-    )]
-    Version {
-        /// What the other side speaks.
-        theirs: RangeInclusive<u16>,
-    },
-    /// Longer than allowed.
-    #[error("a frame of {len} bytes is longer than {max}")]
-    TooLong {
-        /// Length announced.
-        len: usize,
-        /// Length allowed.
-        max: usize,
-    },
-    /// Not what the protocol says should be there.
-    #[error("a frame cannot be understood: {0}")]
-    Malformed(String),
-}
-
-/// The first bytes of a connection.
-pub fn preamble() -> [u8; 8] {
-    let [a, b] = VERSIONS.start().to_be_bytes();
-    let [c, d] = VERSIONS.end().to_be_bytes();
-    let [g, n, i, e] = MAGIC;
-    [g, n, i, e, a, b, c, d]
-}
-
-/// Checks the other side's first bytes; returns the version to speak.
-pub fn check_preamble(bytes: [u8; 8]) -> Result<u16, FrameError> {
-    let [g, n, i, e, a, b, c, d] = bytes;
-    if [g, n, i, e] != MAGIC {
-        return Err(FrameError::NotGenie);
-    }
-    let theirs = u16::from_be_bytes([a, b])..=u16::from_be_bytes([c, d]);
-    let version = *VERSIONS.end().min(theirs.end());
-    if theirs.contains(&version) && VERSIONS.contains(&version) {
-        Ok(version)
-    } else {
-        Err(FrameError::Version { theirs })
-    }
-}
-
-/// Encodes a message with its length.
-pub fn encode<T: Serialize>(message: &T) -> Result<Vec<u8>, FrameError> {
-    let mut bytes = vec![0; 4];
-    rmp_serde::encode::write_named(&mut bytes, message)
-        .map_err(|error| FrameError::Malformed(error.to_string()))?;
-    let len = bytes.len() - 4;
-    if len > BODY_MAX {
-        return Err(FrameError::TooLong { len, max: BODY_MAX });
-    }
-    bytes[..4].copy_from_slice(&(len as u32).to_be_bytes());
-    Ok(bytes)
-}
-
-/// Decodes a body.
-pub fn decode<T: DeserializeOwned>(body: &[u8]) -> Result<T, FrameError> {
-    rmp_serde::from_slice(body).map_err(|error| FrameError::Malformed(error.to_string()))
-}
+pub use genie_client::frame::*;
 
 /// Sends our preamble and checks the other side's.
 pub async fn exchange_preamble<S>(stream: &mut S) -> Result<u16, FrameError>
@@ -151,66 +60,14 @@ where
         .map_err(FrameError::Io)
 }
 
-/// [`exchange_preamble`] for blocking code.
-pub fn exchange_preamble_blocking(stream: &mut (impl Read + Write)) -> Result<u16, FrameError> {
-    stream.write_all(&preamble()).map_err(FrameError::Io)?;
-    let mut theirs = [0; 8];
-    stream.read_exact(&mut theirs).map_err(ended)?;
-    check_preamble(theirs)
-}
-
-/// [`read`] for blocking code.
-pub fn read_blocking<T: DeserializeOwned>(
-    stream: &mut impl Read,
-    max: usize,
-) -> Result<T, FrameError> {
-    let mut header = [0; 4];
-    stream.read_exact(&mut header).map_err(ended)?;
-    let len = check_len(header, max)?;
-    let mut body = Vec::new();
-    let read = stream
-        .take(len as u64)
-        .read_to_end(&mut body)
-        .map_err(FrameError::Io)?;
-    if read < len {
-        return Err(FrameError::Io(io::ErrorKind::UnexpectedEof.into()));
-    }
-    decode(&body)
-}
-
-/// [`write()`] for blocking code.
-pub fn write_blocking<T: Serialize>(
-    stream: &mut impl Write,
-    message: &T,
-) -> Result<(), FrameError> {
-    stream.write_all(&encode(message)?).map_err(FrameError::Io)
-}
-
-fn check_len(header: [u8; 4], max: usize) -> Result<usize, FrameError> {
-    let len = u32::from_be_bytes(header) as usize;
-    if len > max {
-        Err(FrameError::TooLong { len, max })
-    } else {
-        Ok(len)
-    }
-}
-
-fn ended(error: io::Error) -> FrameError {
-    if error.kind() == io::ErrorKind::UnexpectedEof {
-        FrameError::Closed
-    } else {
-        FrameError::Io(error)
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::message::{Message, Outcome, Request};
     use crate::negotiation::Refusal;
-    use crate::store::{Listed, Owner};
     use crate::tensor::{DIMENSIONS_MAX, Dtype, TensorInfo};
     use crate::transport::Transport;
+    use genie_client::{Listed, Owner};
     use genie_dataplane::SessionId;
     use genie_dataplane::tcp::Token;
     use proptest::prelude::*;
@@ -240,6 +97,7 @@ mod tests {
             shape: vec![2, 3],
             bytes: 12,
             owner: Owner::Peer("b".into()),
+            memory: "host".into(),
         };
         vec![
             Message::Hello(crate::session::testing::node().hello()),
@@ -276,7 +134,7 @@ mod tests {
             },
             Message::Begin {
                 id: 2,
-                request: Request::List,
+                request: Request::List { under: None },
             },
             Message::Tensors {
                 id: 1,

@@ -2,7 +2,7 @@
 //!
 //! The `genie` binary is a thin shell around this crate. In reading order:
 //! [`agent`] (one process a host), [`application`] (the socket that programs on
-//! the host use; [`client`] is its other end), [`session`] (one connection to a
+//! the host use; [`genie_client`] is its other end), [`session`] (one connection to a
 //! peer's agent), [`negotiation`] (which path and why not a better one),
 //! [`transfer`] (a batch of tensors moving), [`store`] (where they live).
 //! Bytes of tensors never pass through here: the engines of
@@ -13,18 +13,19 @@
 pub mod agent;
 pub mod application;
 pub mod bench;
+pub mod budget;
 pub mod cli;
-pub mod client;
 pub mod config;
 pub mod frame;
 pub mod message;
 pub mod negotiation;
 pub mod node;
+pub mod quota;
 pub mod safetensors;
 pub mod session;
-pub mod status;
 pub mod store;
-pub mod tensor;
 pub mod transfer;
 pub mod transport;
 pub mod units;
+
+pub use genie_client::{status, tensor};

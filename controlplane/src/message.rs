@@ -8,7 +8,7 @@
 //!   Chosen (or the next Try, or NoPath) →
 //!   ── the session is up; Ping both ways ──
 //!   Begin Put, Tensors…           →      ← Granted…            ← Done
-//!   Begin Get                     →      ← Found, Tensors…
+//!   Begin Get, Begin Fetch        →      ← Found, Tensors…
 //!   Granted…                      →                            ← Done
 //!   Begin List                    →      ← Listed…             ← Done
 //!   Begin Remove                  →                            ← Done
@@ -18,13 +18,14 @@
 
 use std::fmt;
 
+use genie_client::Listed;
+use genie_client::slice::Run;
 use genie_dataplane::ledger::Copies;
 use genie_dataplane::tcp::Token;
 use genie_dataplane::{SessionId, TransferId};
 use serde::{Deserialize, Serialize};
 
 use crate::negotiation::Refusal;
-use crate::store::Listed;
 use crate::tensor::{Metadata, TensorInfo, metadata_bytes};
 use crate::transport::{Offer, Preference, Transport};
 
@@ -162,8 +163,18 @@ pub enum Request {
         /// Which.
         prefix: String,
     },
+    /// Send a part of a tensor, one piece after the other as tensors of bytes.
+    Fetch {
+        /// Its full name.
+        name: String,
+        /// Which bytes, in this order.
+        runs: Vec<Run>,
+    },
     /// List the store.
-    List,
+    List {
+        /// Only this tensor, or those under this prefix.
+        under: Option<String>,
+    },
     /// Remove tensors.
     Remove {
         /// A full name or a prefix.

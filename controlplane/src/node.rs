@@ -10,10 +10,12 @@ use std::time::{Duration, Instant};
 use genie_dataplane::SessionId;
 use genie_dataplane::endpoint::Lost;
 
+use crate::budget::Budget;
 use crate::message::{Hello, Instance};
+use crate::quota::{self, Quotas};
 use crate::session::{Direction, Session, SessionError, establish};
 use crate::status::{AgentStatus, PeerStatus, SessionStatus, TransportStatus};
-use crate::store::{Budget, Store, Usage};
+use crate::store::Store;
 use crate::transport::{Local, Preference, Transport, Transports};
 
 /// One agent. Shared by all its tasks.
@@ -35,6 +37,8 @@ pub struct Node {
     pub store: Store,
     /// What applications' arenas are allocated from.
     pub arenas: Budget,
+    /// What each user of this host has.
+    pub quotas: Quotas,
     /// Peers that can be dialled.
     pub peers: BTreeMap<String, Peer>,
     /// Where peers reach us.
@@ -75,6 +79,8 @@ pub struct Parts {
     pub store_bytes: u64,
     /// Limit of all arenas together.
     pub arena_bytes: u64,
+    /// What one user of this host may have.
+    pub user_limits: quota::Limits,
     /// Names and addresses of peers.
     pub peers: BTreeMap<String, String>,
     /// Where peers reach us.
@@ -110,6 +116,7 @@ impl Node {
             transports: parts.transports,
             store: Store::new(parts.store_bytes),
             arenas: Budget::new("arena memory", "--arena-bytes", parts.arena_bytes),
+            quotas: Quotas::new(parts.user_limits),
             peers: parts.peers.into_iter().map(peer).collect(),
             listen: parts.listen,
             socket: parts.socket,
@@ -202,8 +209,10 @@ impl Node {
         self.busy.load(Ordering::SeqCst) > 0
     }
 
-    /// A picture of it all.
-    pub fn status(&self) -> AgentStatus {
+    /// A picture of it all; of other users only for root.
+    pub fn status(&self, uid: u32) -> AgentStatus {
+        let mut users = self.quotas.status();
+        users.retain(|user| uid == 0 || user.uid == uid);
         let peer = |(name, peer): (&String, &Peer)| PeerStatus {
             name: name.clone(),
             address: peer.address.clone(),
@@ -223,11 +232,8 @@ impl Node {
             peers: self.peers.iter().map(peer).collect(),
             sessions,
             store: self.store.usage(),
-            arenas: Usage {
-                tensors: 0,
-                used_bytes: self.arenas.used(),
-                limit_bytes: self.arenas.limit(),
-            },
+            arenas: self.arenas.usage(),
+            users,
         }
     }
 

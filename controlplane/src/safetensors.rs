@@ -11,11 +11,10 @@ use std::collections::HashSet;
 use std::fmt;
 use std::fs::{self, File, Permissions};
 use std::io::{self, Write};
-use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt, fchown};
 use std::path::{Path, PathBuf};
 
-use genie_dataplane::memory::{Lease, View};
+use genie_dataplane::memory::Lease;
 use serde::de::{self, IntoDeserializer, MapAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize};
 
@@ -25,8 +24,8 @@ use crate::tensor::{Dtype, Metadata, TensorError, TensorInfo};
 pub const HEADER_MAX: u64 = 100_000_000;
 
 /// Read and written at a time: large enough that system calls do not count,
-/// small enough to stay in the second-level cache.
-const CHUNK: usize = 256 << 10;
+/// small enough that progress shows.
+const CHUNK: u64 = 8 << 20;
 
 /// Symbolic links that are followed, as many as the kernel does.
 const LINKS_MAX: usize = 40;
@@ -278,26 +277,19 @@ impl ModelFile {
     /// # Panics
     /// If they do not fit: the caller made the arena of `data_len` bytes.
     pub fn read_into(&self, into: &Lease, mut progress: impl FnMut(u64)) -> Result<(), FileError> {
-        let mut buffer = vec![0; CHUNK];
+        let io = |source| FileError::Io {
+            action: "read",
+            path: self.path.clone(),
+            source,
+        };
         let mut done = 0u64;
         while done < self.header.data_len {
-            let want = (self.header.data_len - done).min(CHUNK as u64) as usize;
-            let chunk = &mut buffer[..want];
-            self.file
-                .read_exact_at(chunk, self.data_start + done)
-                .map_err(|source| {
-                    if source.kind() == io::ErrorKind::UnexpectedEof {
-                        FileError::Shrunk(self.path.clone())
-                    } else {
-                        FileError::Io {
-                            action: "read",
-                            path: self.path.clone(),
-                            source,
-                        }
-                    }
-                })?;
-            into.write_at(done as usize, View::from(&*chunk));
-            done += want as u64;
+            let part = done as usize..self.header.data_len.min(done + CHUNK) as usize;
+            let read = into.read_file(part, &self.file, self.data_start + done);
+            match read.map_err(io)? {
+                0 => return Err(FileError::Shrunk(self.path.clone())),
+                read => done += read as u64,
+            }
             progress(done);
         }
         Ok(())
@@ -353,17 +345,16 @@ impl Draft {
 
     /// Writes header and tensors and gives the file its name.
     ///
-    /// `from` holds the tensors' bytes without gaps, in order.
+    /// `from` is the tensors' bytes without gaps, in order.
     pub fn write(
         mut self,
         tensors: &[TensorInfo],
         metadata: Option<&Metadata>,
-        from: &OwnedFd,
-        data_len: u64,
+        from: &Lease,
         mut progress: impl FnMut(u64),
     ) -> Result<(), FileError> {
         let header = Header::encode(tensors, metadata);
-        let needed = header.len() as u64 + data_len;
+        let needed = header.len() as u64 + from.len() as u64;
         let failed = |path: &Path, source: io::Error| match source.kind() {
             io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => FileError::Full {
                 path: folder_of(path).to_owned(),
@@ -376,7 +367,7 @@ impl Draft {
             },
         };
         let path = self.path.clone();
-        self.fill(&header, from, data_len, &mut progress)
+        self.fill(&header, from, &mut progress)
             .map_err(|e| failed(&path, e))?;
         self.file
             .as_file()
@@ -391,29 +382,25 @@ impl Draft {
     fn fill(
         &mut self,
         header: &[u8],
-        from: &OwnedFd,
-        data_len: u64,
+        from: &Lease,
         progress: &mut dyn FnMut(u64),
     ) -> io::Result<()> {
         let file = self.file.as_file_mut();
         // Finds a full disk before the first byte, where the file system can.
-        let needed = header.len() as u64 + data_len;
+        let needed = header.len() as u64 + from.len() as u64;
         match rustix::fs::fallocate(&*file, rustix::fs::FallocateFlags::empty(), 0, needed) {
             Ok(()) | Err(rustix::io::Errno::OPNOTSUPP) => {}
             Err(error) => return Err(error.into()),
         }
         file.write_all(header)?;
-        let mut buffer = vec![0; CHUNK];
-        let mut done = 0u64;
-        while done < data_len {
-            let want = (data_len - done).min(CHUNK as u64) as usize;
-            let read = rustix::io::pread(from.as_fd(), &mut buffer[..want], done)?;
-            if read == 0 {
-                return Err(io::ErrorKind::UnexpectedEof.into());
+        let mut done = 0;
+        while done < from.len() {
+            let part = done..from.len().min(done + CHUNK as usize);
+            match from.write_file(part, &*file)? {
+                0 => return Err(io::ErrorKind::WriteZero.into()),
+                written => done += written,
             }
-            file.write_all(&buffer[..read])?;
-            done += read as u64;
-            progress(done);
+            progress(done as u64);
         }
         Ok(())
     }
@@ -677,20 +664,17 @@ mod tests {
         let bytes = ::safetensors::serialize(views, Some(metadata)).unwrap();
         let model = open(&bytes).unwrap();
         let region = Region::with_backing(4096, Backing::Shmem).unwrap();
-        let lease = Lease::whole(region);
+        let lease = Lease::new(region, 0, model.header.data_len).unwrap();
         model.read_into(&lease, |_| ()).unwrap();
 
         let folder = tempfile::tempdir().unwrap();
         let out = folder.path().join("out.safetensors");
-        let from = lease.region().as_fd().try_clone_to_owned().unwrap();
         let Header {
-            tensors,
-            metadata,
-            data_len,
+            tensors, metadata, ..
         } = &model.header;
         Draft::create(&out)
             .unwrap()
-            .write(tensors, metadata.as_ref(), &from, *data_len, |_| ())
+            .write(tensors, metadata.as_ref(), &lease, |_| ())
             .unwrap();
         assert_eq!(std::fs::read(&out).unwrap(), bytes);
         assert_eq!(
@@ -712,8 +696,8 @@ mod tests {
     /// Writes a file without tensors.
     fn write_empty(path: &Path) -> Result<(), FileError> {
         let region = Region::with_backing(4096, Backing::Shmem).unwrap();
-        let from = region.as_fd().try_clone_to_owned().unwrap();
-        Draft::create(path)?.write(&[], None, &from, 0, |_| ())
+        let none = Lease::new(region, 0, 0).unwrap();
+        Draft::create(path)?.write(&[], None, &none, |_| ())
     }
 
     #[test]

@@ -581,7 +581,10 @@ mod tests {
     async fn a_request_that_comes_after_the_end_is_refused_and_not_kept() {
         let (session, _outgoing) = session(Direction::Dialled);
         session.end("over");
-        let refused = session.call(Request::List).await.unwrap_err();
+        let refused = session
+            .call(Request::List { under: None })
+            .await
+            .unwrap_err();
         assert_eq!(refused.to_string(), "over");
         assert_eq!(session.requests(), 0);
 
@@ -604,7 +607,10 @@ mod tests {
         let (session, mut outgoing) = session(Direction::Accepted);
         let node = node();
         node.stop();
-        assert_eq!(session.serve(&node, 7, Request::List), Ok(()));
+        assert_eq!(
+            session.serve(&node, 7, Request::List { under: None }),
+            Ok(())
+        );
         let Some(Message::Done {
             id: 7,
             result: Err(reason),
@@ -618,7 +624,7 @@ mod tests {
     #[tokio::test]
     async fn lists_that_nobody_reads_do_not_pile_up() {
         let (session, _outgoing) = session(Direction::Dialled);
-        let mut call = session.call(Request::List).await.unwrap();
+        let mut call = session.call(Request::List { under: None }).await.unwrap();
         let long = crate::tensor::TensorInfo {
             name: "x".repeat(1 << 20),
             dtype: crate::tensor::Dtype::U8,

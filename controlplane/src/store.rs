@@ -7,82 +7,14 @@
 //! never sees half a batch.
 
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use genie_dataplane::memory::{Lease, Region, RegionError};
-use serde::{Deserialize, Serialize};
+use genie_client::status::Usage;
+use genie_client::{Listed, Owner};
+use genie_dataplane::memory::{Backing, Lease};
 
-use crate::tensor::{
-    Metadata, TensorError, TensorInfo, check_name, deserialize_shape, metadata_bytes,
-};
-
-/// Bytes that may be allocated, shared by all who allocate from it.
-#[derive(Clone, Debug)]
-pub struct Budget(Arc<BudgetInner>);
-
-#[derive(Debug)]
-struct BudgetInner {
-    name: &'static str,
-    flag: &'static str,
-    limit: u64,
-    used: AtomicU64,
-}
-
-/// A region that counts against a budget for as long as anybody holds it.
-#[derive(Debug)]
-pub struct Allocation {
-    region: Arc<Region>,
-    /// Why it is not on huge pages, if it is not.
-    pub fallback: Option<RegionError>,
-    _charge: Charge,
-}
-
-/// Bytes that count against a budget for as long as this is held.
-#[derive(Debug)]
-pub struct Charge {
-    budget: Budget,
-    bytes: u64,
-}
-
-/// Why memory was not given.
-#[derive(Debug, thiserror::Error)]
-pub enum AllocateError {
-    /// It would exceed the budget.
-    #[error(
-        "the {name} is full: {wanted} bytes are wanted, {used} of {limit} are used; \
-         remove tensors with 'genie rm' or start the agent with a larger {flag}"
-    )]
-    Full {
-        /// Which budget.
-        name: &'static str,
-        /// What sets it.
-        flag: &'static str,
-        /// Bytes asked for.
-        wanted: u64,
-        /// Bytes in use.
-        used: u64,
-        /// The limit.
-        limit: u64,
-    },
-    /// The machine has not that much.
-    #[error("the machine has no memory for {wanted} bytes: {source}")]
-    Memory {
-        /// Bytes asked for.
-        wanted: u64,
-        /// Why.
-        source: RegionError,
-    },
-}
-
-/// Who put a tensor.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Owner {
-    /// A program on this host, by user id.
-    User(u32),
-    /// A peer's agent, by node name.
-    Peer(String),
-}
+use crate::budget::{Budget, Charge};
+use crate::tensor::{Metadata, TensorInfo, metadata_bytes};
 
 /// A tensor that is kept. Cloning it holds its memory.
 #[derive(Clone, Debug)]
@@ -91,24 +23,6 @@ pub struct Stored {
     pub info: TensorInfo,
     /// Where its bytes are.
     pub lease: Lease,
-    /// Keeps the bytes counted.
-    pub allocation: Arc<Allocation>,
-    /// Who put it.
-    pub owner: Owner,
-}
-
-/// A stored tensor, as shown by `ls`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Listed {
-    /// Full name, `PREFIX/NAME`.
-    pub name: String,
-    /// Type of the elements, as safetensors spells it.
-    pub dtype: String,
-    /// Dimensions.
-    #[serde(deserialize_with = "deserialize_shape")]
-    pub shape: Vec<u64>,
-    /// Length in bytes.
-    pub bytes: u64,
     /// Who put it.
     pub owner: Owner,
 }
@@ -127,6 +41,12 @@ pub enum CommitError {
         /// Whose it is.
         prefix: String,
     },
+    /// Another user has tensors there.
+    #[error("the prefix {prefix:?} is another user's: put under another one")]
+    Foreign {
+        /// What was asked for.
+        prefix: String,
+    },
 }
 
 /// Nothing of that name.
@@ -135,18 +55,6 @@ pub enum CommitError {
 pub struct NotFound {
     /// What was asked for.
     pub name: String,
-}
-
-/// How full the store is.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Usage {
-    /// Tensors kept.
-    pub tensors: u64,
-    /// Bytes of memory allocated for them, their descriptions, and those on
-    /// their way in.
-    pub used_bytes: u64,
-    /// The limit.
-    pub limit_bytes: u64,
 }
 
 /// The tensors of this agent. Clones refer to the same store.
@@ -169,115 +77,21 @@ struct Set {
     /// In the order they were put.
     tensors: Vec<Stored>,
     metadata: Option<Metadata>,
+    owner: Owner,
     /// For names, shapes and metadata.
     charge: Charge,
 }
 
-impl Budget {
-    /// A budget of `limit` bytes, called `name` in errors and set by `flag`.
-    pub fn new(name: &'static str, flag: &'static str, limit: u64) -> Self {
-        Self(Arc::new(BudgetInner {
-            name,
-            flag,
-            limit,
-            used: AtomicU64::new(0),
-        }))
-    }
-
-    /// Bytes in use.
-    pub fn used(&self) -> u64 {
-        self.0.used.load(Ordering::Relaxed)
-    }
-
-    /// The limit in bytes.
-    pub fn limit(&self) -> u64 {
-        self.0.limit
-    }
-
-    /// Allocates a region of at least `bytes`, all pages present. Blocks while
-    /// the kernel clears pages: not for asynchronous code.
-    pub fn allocate(&self, bytes: u64) -> Result<Arc<Allocation>, AllocateError> {
-        let wanted = bytes.max(1);
-        let mut charge = self.charge(wanted)?;
-        let memory = |source| AllocateError::Memory { wanted, source };
-        let len = usize::try_from(wanted).map_err(|_| memory(RegionError::Size(wanted)))?;
-        let (region, fallback) = Region::allocate(len).map_err(memory)?;
-        // Whole pages were taken; count them too, without refusing over a rest.
-        let rest = (region.len() as u64).saturating_sub(wanted);
-        self.0.used.fetch_add(rest, Ordering::Relaxed);
-        charge.bytes += rest;
-        Ok(Arc::new(Allocation {
-            region,
-            fallback,
-            _charge: charge,
-        }))
-    }
-
-    /// Counts memory that is allocated elsewhere.
-    pub fn charge(&self, bytes: u64) -> Result<Charge, AllocateError> {
-        let BudgetInner {
-            name,
-            flag,
-            limit,
-            used,
-        } = &*self.0;
-        used.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |used| {
-            used.checked_add(bytes).filter(|used| used <= limit)
-        })
-        .map(|_| Charge {
-            budget: self.clone(),
-            bytes,
-        })
-        .map_err(|used| AllocateError::Full {
-            name,
-            flag,
-            wanted: bytes,
-            used,
-            limit: *limit,
-        })
+/// Whether `actor` may do anything with what is `owner`'s.
+fn may(actor: &Owner, owner: &Owner) -> bool {
+    match (actor, owner) {
+        (Owner::User(uid), Owner::User(owner)) => uid == owner || *uid == ROOT,
+        // Peers are not told apart from their users; see docs/applications.md.
+        (Owner::Peer(_), _) | (_, Owner::Peer(_)) => true,
     }
 }
 
-impl Charge {
-    /// Counts `bytes` instead, if that is more.
-    pub fn grow_to(&mut self, bytes: u64) -> Result<(), AllocateError> {
-        let mut more = self.budget.charge(bytes.saturating_sub(self.bytes))?;
-        self.bytes += more.bytes;
-        more.bytes = 0;
-        Ok(())
-    }
-
-    /// Parts with up to `bytes`.
-    fn split(&mut self, bytes: u64) -> Self {
-        let bytes = bytes.min(self.bytes);
-        self.bytes -= bytes;
-        Self {
-            budget: self.budget.clone(),
-            bytes,
-        }
-    }
-}
-
-impl Drop for Charge {
-    fn drop(&mut self) {
-        self.budget.0.used.fetch_sub(self.bytes, Ordering::Relaxed);
-    }
-}
-
-impl Allocation {
-    /// The memory.
-    pub fn region(&self) -> &Arc<Region> {
-        &self.region
-    }
-
-    /// A hold on `len` bytes at `offset`.
-    ///
-    /// # Panics
-    /// If that lies outside: the caller laid the tensors out in it.
-    pub fn lease(&self, offset: u64, len: u64) -> Lease {
-        Lease::new(Arc::clone(&self.region), offset, len).expect("laid out within the region")
-    }
-}
+const ROOT: u32 = 0;
 
 impl Store {
     /// An empty store.
@@ -295,22 +109,34 @@ impl Store {
     }
 
     /// Refuses early what [`Store::commit`] would refuse.
-    pub fn check(&self, prefix: &str, tensors: &[TensorInfo]) -> Result<(), CommitError> {
-        self.lock().check(prefix, tensors.iter())
+    pub fn check(
+        &self,
+        prefix: &str,
+        tensors: &[TensorInfo],
+        owner: &Owner,
+    ) -> Result<(), CommitError> {
+        self.lock().check(prefix, tensors.iter(), owner)
     }
 
-    /// Keeps a batch under `prefix`, in place of what was put there before.
+    /// Keeps a batch of `owner`'s under `prefix`, in place of what was put there before.
     ///
     /// `charge` is for its [`description_bytes`].
     pub fn commit(
         &self,
         prefix: &str,
-        tensors: Vec<Stored>,
+        tensors: Vec<(TensorInfo, Lease)>,
         metadata: Option<Metadata>,
+        owner: &Owner,
         charge: Charge,
     ) -> Result<(), CommitError> {
         let mut contents = self.lock();
-        contents.check(prefix, tensors.iter().map(|tensor| &tensor.info))?;
+        contents.check(prefix, tensors.iter().map(|(info, _)| info), owner)?;
+        let stored = |(info, lease)| Stored {
+            info,
+            lease,
+            owner: owner.clone(),
+        };
+        let tensors: Vec<Stored> = tensors.into_iter().map(stored).collect();
         let replaced = contents.take_set(prefix);
         for tensor in &tensors {
             contents
@@ -320,6 +146,7 @@ impl Store {
         let set = Set {
             tensors,
             metadata,
+            owner: owner.clone(),
             charge,
         };
         contents.sets.insert(prefix.to_owned(), set);
@@ -332,10 +159,16 @@ impl Store {
     /// The tensors under `prefix`, with names relative to it, and its metadata.
     ///
     /// A prefix that was put comes back exactly; one above several prefixes
-    /// gives all of their tensors and no metadata.
-    pub fn fetch(&self, prefix: &str) -> Result<(Vec<Stored>, Option<Metadata>), NotFound> {
+    /// gives all of their tensors that `reader` may read, and no metadata.
+    pub fn fetch(
+        &self,
+        prefix: &str,
+        reader: &Owner,
+    ) -> Result<(Vec<Stored>, Option<Metadata>), NotFound> {
         let contents = self.lock();
-        if let Some(set) = contents.sets.get(prefix) {
+        if let Some(set) = contents.sets.get(prefix)
+            && may(reader, &set.owner)
+        {
             return Ok((set.tensors.clone(), set.metadata.clone()));
         }
         let below = format!("{prefix}/");
@@ -344,6 +177,9 @@ impl Store {
             let Some(rest) = set_prefix.strip_prefix(&below) else {
                 break;
             };
+            if !may(reader, &set.owner) {
+                continue;
+            }
             tensors.extend(set.tensors.iter().cloned().map(|mut tensor| {
                 tensor.info.name = full_name(rest, &tensor.info.name);
                 tensor
@@ -357,25 +193,49 @@ impl Store {
         Ok((tensors, None))
     }
 
-    /// All tensors, by full name.
-    pub fn list(&self) -> Vec<Listed> {
+    /// The tensor of this full name.
+    pub fn tensor(&self, name: &str, reader: &Owner) -> Result<Stored, NotFound> {
+        let contents = self.lock();
+        let set = contents.names.get(name).and_then(|prefix| {
+            let set = contents.sets.get_key_value(prefix);
+            set.filter(|(_, set)| may(reader, &set.owner))
+        });
+        let found = set.and_then(|(prefix, set)| {
+            let is_it = |tensor: &&Stored| full_name(prefix, &tensor.info.name) == name;
+            set.tensors.iter().find(is_it)
+        });
+        found.cloned().ok_or_else(|| NotFound {
+            name: name.to_owned(),
+        })
+    }
+
+    /// All tensors that `reader` may read, by full name; only the one called
+    /// `under` and those below it, if that is given.
+    pub fn list(&self, under: Option<&str>, reader: &Owner) -> Vec<Listed> {
+        let below = under.map(|name| format!("{name}/"));
+        let wanted = |name: &str| match (under, &below) {
+            (Some(exact), Some(below)) => name == exact || name.starts_with(&below[..]),
+            _ => true,
+        };
         let contents = self.lock();
         let mut listed: Vec<Listed> = contents
             .sets
             .iter()
+            .filter(|(_, set)| may(reader, &set.owner))
             .flat_map(|(prefix, set)| set.tensors.iter().map(move |tensor| tensor.listed(prefix)))
+            .filter(|tensor| wanted(&tensor.name))
             .collect();
         listed.sort_by(|a, b| a.name.cmp(&b.name));
         listed
     }
 
     /// Removes the tensor of this full name, or everything under it as a
-    /// prefix; returns how many tensors that were.
-    pub fn remove(&self, name: &str) -> Result<u64, NotFound> {
+    /// prefix that `remover` may remove; returns how many tensors that were.
+    pub fn remove(&self, name: &str, remover: &Owner) -> Result<u64, NotFound> {
         let mut contents = self.lock();
         let removed = match contents.names.get(name).cloned() {
-            Some(prefix) => contents.take_tensor(&prefix, name),
-            None => contents.take_below(name),
+            Some(prefix) => contents.take_tensor(&prefix, name, remover),
+            None => contents.take_below(name, remover),
         };
         drop(contents);
         if removed.is_empty() {
@@ -390,36 +250,13 @@ impl Store {
     pub fn usage(&self) -> Usage {
         Usage {
             tensors: self.lock().names.len() as u64,
-            used_bytes: self.budget.used(),
-            limit_bytes: self.budget.limit(),
+            ..self.budget.usage()
         }
     }
 
     fn lock(&self) -> MutexGuard<'_, Contents> {
         // Nothing here panics while it holds the lock half-changed.
         self.contents.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl Listed {
-    /// Roughly the memory that it takes.
-    pub fn held_bytes(&self) -> usize {
-        let owner = match &self.owner {
-            Owner::User(_) => 0,
-            Owner::Peer(name) => name.len(),
-        };
-        let text = self.name.len() + self.dtype.len() + owner;
-        size_of::<Self>() + text + size_of_val(&self.shape[..])
-    }
-
-    /// Checks what a peer says it has: that these are names.
-    pub fn check(&self) -> Result<(), TensorError> {
-        check_name(&self.name)?;
-        check_name(&self.dtype)?;
-        match &self.owner {
-            Owner::User(_) => Ok(()),
-            Owner::Peer(name) => check_name(name),
-        }
     }
 }
 
@@ -431,6 +268,11 @@ impl Stored {
             shape: self.info.shape.clone(),
             bytes: self.lease.len() as u64,
             owner: self.owner.clone(),
+            memory: match self.lease.region().backing() {
+                Backing::HugeTlb { .. } => "hugepage",
+                Backing::Shmem => "host",
+            }
+            .to_owned(),
         }
     }
 }
@@ -440,7 +282,12 @@ impl Contents {
         &self,
         prefix: &str,
         tensors: impl Iterator<Item = &'a TensorInfo>,
+        owner: &Owner,
     ) -> Result<(), CommitError> {
+        if self.is_near_anothers(prefix, owner) {
+            let prefix = prefix.to_owned();
+            return Err(CommitError::Foreign { prefix });
+        }
         for tensor in tensors {
             let name = full_name(prefix, &tensor.name);
             match self.names.get(&name) {
@@ -456,6 +303,23 @@ impl Contents {
         Ok(())
     }
 
+    /// Whether another user has put under this prefix, one above or one below.
+    fn is_near_anothers(&self, prefix: &str, owner: &Owner) -> bool {
+        let above = prefix.match_indices('/').map(|(at, _)| &prefix[..at]);
+        let at_or_above = above
+            .chain([prefix])
+            .filter_map(|prefix| self.sets.get(prefix));
+        let below = format!("{prefix}/");
+        let sets_below = self
+            .sets
+            .range(below.clone()..)
+            .take_while(|(prefix, _)| prefix.starts_with(&below))
+            .map(|(_, set)| set);
+        at_or_above
+            .chain(sets_below)
+            .any(|set| !may(owner, &set.owner))
+    }
+
     fn take_set(&mut self, prefix: &str) -> Option<Set> {
         let set = self.sets.remove(prefix)?;
         for tensor in &set.tensors {
@@ -464,9 +328,9 @@ impl Contents {
         Some(set)
     }
 
-    fn take_tensor(&mut self, prefix: &str, name: &str) -> Vec<Set> {
-        self.names.remove(name);
-        let Some(set) = self.sets.get_mut(prefix) else {
+    fn take_tensor(&mut self, prefix: &str, name: &str, remover: &Owner) -> Vec<Set> {
+        let set = self.sets.get_mut(prefix);
+        let Some(set) = set.filter(|set| may(remover, &set.owner)) else {
             return Vec::new();
         };
         let is_it = |tensor: &mut Stored| full_name(prefix, &tensor.info.name) == name;
@@ -474,18 +338,20 @@ impl Contents {
         let bytes = tensors
             .iter()
             .map(|t| entry_bytes(prefix, &t.info, &t.owner));
-        let charge = set.charge.split(bytes.sum());
+        let taken = Set {
+            charge: set.charge.split(bytes.sum()),
+            tensors,
+            metadata: None,
+            owner: set.owner.clone(),
+        };
         if set.tensors.is_empty() {
             self.sets.remove(prefix);
         }
-        vec![Set {
-            tensors,
-            metadata: None,
-            charge,
-        }]
+        self.names.remove(name);
+        vec![taken]
     }
 
-    fn take_below(&mut self, prefix: &str) -> Vec<Set> {
+    fn take_below(&mut self, prefix: &str, remover: &Owner) -> Vec<Set> {
         let below = format!("{prefix}/");
         let mut prefixes: Vec<String> = self
             .sets
@@ -494,6 +360,10 @@ impl Contents {
             .take_while(|prefix| prefix.starts_with(&below))
             .collect();
         prefixes.push(prefix.to_owned());
+        prefixes.retain(|prefix| {
+            let set = self.sets.get(prefix);
+            set.is_some_and(|set| may(remover, &set.owner))
+        });
         prefixes
             .iter()
             .filter_map(|prefix| self.take_set(prefix))
@@ -535,33 +405,39 @@ mod tests {
     use super::*;
     use crate::tensor::Dtype;
 
-    fn stored(store: &Store, names: &[&str]) -> Vec<Stored> {
-        let allocation = store.budget().allocate(names.len() as u64).unwrap();
-        let one = |(index, name): (usize, &&str)| Stored {
-            info: TensorInfo {
+    const ROOT: Owner = Owner::User(0);
+    const ONE: Owner = Owner::User(1);
+    const OTHER: Owner = Owner::User(2);
+
+    fn batch(store: &Store, names: &[&str]) -> Vec<(TensorInfo, Lease)> {
+        let allocation = store.budget().room().allocate(names.len() as u64).unwrap();
+        let one = |(index, name): (usize, &&str)| {
+            let info = TensorInfo {
                 name: (*name).into(),
                 dtype: Dtype::U8,
                 shape: vec![1],
-            },
-            lease: allocation.lease(index as u64, 1),
-            allocation: Arc::clone(&allocation),
-            owner: Owner::User(0),
+            };
+            (info, allocation.lease(index as u64, 1))
         };
         names.iter().enumerate().map(one).collect()
     }
 
-    /// Keeps tensors of one byte each.
-    fn commit(
+    fn put(store: &Store, prefix: &str, names: &[&str], owner: &Owner) -> Result<(), CommitError> {
+        put_with(store, prefix, names, None, owner)
+    }
+
+    fn put_with(
         store: &Store,
         prefix: &str,
         names: &[&str],
         metadata: Option<Metadata>,
+        owner: &Owner,
     ) -> Result<(), CommitError> {
-        let tensors = stored(store, names);
-        let infos = tensors.iter().map(|tensor| &tensor.info);
-        let bytes = description_bytes(prefix, infos, metadata.as_ref(), &Owner::User(0));
+        let tensors = batch(store, names);
+        let infos = tensors.iter().map(|(info, _)| info);
+        let bytes = description_bytes(prefix, infos, metadata.as_ref(), owner);
         let charge = store.budget().charge(bytes).unwrap();
-        store.commit(prefix, tensors, metadata, charge)
+        store.commit(prefix, tensors, metadata, owner, charge)
     }
 
     /// What is counted beyond the tensors' pages.
@@ -570,16 +446,20 @@ mod tests {
     }
 
     fn names(store: &Store) -> Vec<String> {
-        store.list().into_iter().map(|listed| listed.name).collect()
+        store
+            .list(None, &ROOT)
+            .into_iter()
+            .map(|listed| listed.name)
+            .collect()
     }
 
     #[test]
     fn a_batch_replaces_what_its_prefix_held() {
         let store = Store::new(1 << 20);
-        commit(&store, "m", &["b", "a"], Some(vec![])).unwrap();
+        put_with(&store, "m", &["b", "a"], Some(vec![]), &ROOT).unwrap();
         let two = described(&store, 1);
         assert_eq!(names(&store), ["m/a", "m/b"]);
-        commit(&store, "m", &["c"], None).unwrap();
+        put(&store, "m", &["c"], &ROOT).unwrap();
         assert_eq!(names(&store), ["m/c"]);
         assert_eq!(store.usage().tensors, 1);
         let one = described(&store, 1);
@@ -590,8 +470,8 @@ mod tests {
     fn a_batch_comes_back_in_its_order_with_its_metadata() {
         let store = Store::new(1 << 20);
         let metadata = Some(vec![("k".to_owned(), "v".to_owned())]);
-        commit(&store, "m", &["b", "a"], metadata.clone()).unwrap();
-        let (tensors, back) = store.fetch("m").unwrap();
+        put_with(&store, "m", &["b", "a"], metadata.clone(), &ROOT).unwrap();
+        let (tensors, back) = store.fetch("m", &ROOT).unwrap();
         let names: Vec<_> = tensors.iter().map(|tensor| &tensor.info.name[..]).collect();
         assert_eq!((names, back), (vec!["b", "a"], metadata));
     }
@@ -600,19 +480,19 @@ mod tests {
     fn a_prefix_above_others_gives_all_of_them() {
         let store = Store::new(1 << 20);
         for prefix in ["m/x", "m/y", "m2"] {
-            commit(&store, prefix, &["a"], None).unwrap();
+            put(&store, prefix, &["a"], &ROOT).unwrap();
         }
-        let (tensors, _) = store.fetch("m").unwrap();
+        let (tensors, _) = store.fetch("m", &ROOT).unwrap();
         let names: Vec<_> = tensors.iter().map(|tensor| &tensor.info.name[..]).collect();
         assert_eq!(names, ["x/a", "y/a"]);
-        assert!(store.fetch("m/z").is_err());
+        assert!(store.fetch("m/z", &ROOT).is_err());
     }
 
     #[test]
     fn one_prefix_cannot_take_anothers_name() {
         let store = Store::new(1 << 20);
-        commit(&store, "m", &["x/a"], None).unwrap();
-        let refused = commit(&store, "m/x", &["a", "b"], None);
+        put(&store, "m", &["x/a"], &ROOT).unwrap();
+        let refused = put(&store, "m/x", &["a", "b"], &ROOT);
         assert!(matches!(refused, Err(CommitError::Taken { .. })));
         assert_eq!(names(&store), ["m/x/a"]);
     }
@@ -620,33 +500,98 @@ mod tests {
     #[test]
     fn removal_by_name_and_by_prefix() {
         let store = Store::new(1 << 20);
-        commit(&store, "m", &["a", "b"], None).unwrap();
+        put(&store, "m", &["a", "b"], &ROOT).unwrap();
         let two = described(&store, 1);
-        commit(&store, "m/sub", &["c"], None).unwrap();
+        put(&store, "m/sub", &["c"], &ROOT).unwrap();
         let three = described(&store, 2);
-        assert_eq!(store.remove("m/a"), Ok(1));
+        assert_eq!(store.remove("m/a", &ROOT), Ok(1));
         assert_eq!(three - described(&store, 2), (two - 1) / 2);
         assert_eq!(names(&store), ["m/b", "m/sub/c"]);
-        assert_eq!(store.remove("m"), Ok(2));
-        assert!(store.remove("m").is_err());
+        assert_eq!(store.remove("m", &ROOT), Ok(2));
+        assert!(store.remove("m", &ROOT).is_err());
         assert_eq!(store.usage().used_bytes, 0);
     }
 
     #[test]
     fn a_full_store_refuses_and_loses_nothing() {
         let store = Store::new(8192);
-        commit(&store, "m", &["a"], None).unwrap();
-        let refused = store.budget().allocate(8192).unwrap_err().to_string();
+        put(&store, "m", &["a"], &ROOT).unwrap();
+        let refused = store
+            .budget()
+            .room()
+            .allocate(8192)
+            .unwrap_err()
+            .to_string();
         assert!(refused.contains("--store-bytes"), "{refused}");
         assert_eq!(names(&store), ["m/a"]);
-        assert!(store.budget().allocate(u64::MAX).is_err());
+        assert!(store.budget().room().allocate(u64::MAX).is_err());
+    }
+
+    #[test]
+    fn memory_is_counted_while_a_reader_holds_it() {
+        let store = Store::new(1 << 20);
+        put(&store, "m", &["a"], &ROOT).unwrap();
+        let (held, _) = store.fetch("m", &ROOT).unwrap();
+        store.remove("m", &ROOT).unwrap();
+        assert_eq!(store.usage().used_bytes, 4096);
+        drop(held);
+        assert_eq!(store.usage().used_bytes, 0);
+    }
+
+    #[test]
+    fn a_user_neither_sees_nor_touches_anothers() {
+        let store = Store::new(1 << 20);
+        put(&store, "m/x", &["a", "b/c"], &ONE).unwrap();
+        for prefix in ["m/x", "m", "m/x/b", "m/x/y/z"] {
+            let refused = put(&store, prefix, &["t"], &OTHER);
+            assert!(
+                matches!(refused, Err(CommitError::Foreign { .. })),
+                "{prefix}"
+            );
+        }
+        assert!(store.fetch("m/x", &OTHER).is_err());
+        assert!(store.fetch("m", &OTHER).is_err());
+        assert!(store.tensor("m/x/a", &OTHER).is_err());
+        assert_eq!(store.list(None, &OTHER), []);
+        assert_eq!(store.list(Some("m/x/a"), &OTHER), []);
+        for name in ["m/x/a", "m/x", "m"] {
+            assert!(store.remove(name, &OTHER).is_err(), "{name}");
+        }
+        assert_eq!(names(&store), ["m/x/a", "m/x/b/c"]);
+        put(&store, "m2", &["t"], &OTHER).expect("a name that only looks alike");
+        assert_eq!(store.remove("m", &ONE), Ok(2));
+    }
+
+    #[test]
+    fn root_and_peers_may_do_everything_and_peers_tensors_are_everybodys() {
+        let store = Store::new(1 << 20);
+        let peer = Owner::Peer("b".into());
+        put(&store, "m", &["a"], &ONE).unwrap();
+        assert!(store.tensor("m/a", &ROOT).is_ok());
+        assert_eq!(store.fetch("m", &peer).unwrap().0.len(), 1);
+        put(&store, "m", &["c"], &peer).unwrap();
+        assert!(store.tensor("m/c", &OTHER).is_ok());
+        assert_eq!(store.remove("m/c", &OTHER), Ok(1));
+    }
+
+    #[test]
+    fn one_tensor_or_all_below_a_prefix_are_listed() {
+        let store = Store::new(1 << 20);
+        put(&store, "m", &["a", "b", "bc"], &ONE).unwrap();
+        let listed = |under| {
+            let listed = store.list(Some(under), &ONE);
+            listed.into_iter().map(|one| one.name).collect::<Vec<_>>()
+        };
+        assert_eq!(listed("m/b"), ["m/b"]);
+        assert_eq!(listed("m"), ["m/a", "m/b", "m/bc"]);
+        assert_eq!(listed("x"), [""; 0]);
     }
 
     #[test]
     fn names_and_metadata_count_too() {
         let store = Store::new(1 << 20);
         let value = "v".repeat(100_000);
-        commit(&store, "m", &["a"], Some(vec![("k".into(), value)])).unwrap();
+        put_with(&store, "m", &["a"], Some(vec![("k".into(), value)]), &ROOT).unwrap();
         assert!(described(&store, 1) > 100_000);
         let mut charge = store.budget().charge(10).unwrap();
         let before = store.usage().used_bytes;
@@ -655,18 +600,7 @@ mod tests {
         assert_eq!(store.usage().used_bytes, before + 5);
         assert!(charge.grow_to(1 << 20).is_err());
         drop(charge);
-        store.remove("m").unwrap();
-        assert_eq!(store.usage().used_bytes, 0);
-    }
-
-    #[test]
-    fn memory_is_counted_while_a_reader_holds_it() {
-        let store = Store::new(1 << 20);
-        commit(&store, "m", &["a"], None).unwrap();
-        let (held, _) = store.fetch("m").unwrap();
-        store.remove("m").unwrap();
-        assert_eq!(store.usage().used_bytes, 4096);
-        drop(held);
+        store.remove("m", &ROOT).unwrap();
         assert_eq!(store.usage().used_bytes, 0);
     }
 }

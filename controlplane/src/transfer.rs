@@ -8,6 +8,7 @@
 
 mod batch;
 mod local;
+mod part;
 mod serve;
 
 use std::sync::Arc;
@@ -15,19 +16,21 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use genie_dataplane::engine::FailReason;
-use genie_dataplane::ledger::Copies;
 use genie_dataplane::memory::Lease;
-use serde::{Deserialize, Serialize};
+
+use genie_client::slice::{self, Run, SliceError};
+use genie_client::{Listed, Moved};
 use tokio::time::timeout;
 
-pub use local::{fetch as get_local, keep as put_local};
+pub use local::{fetch as get_local, keep as put_local, part as part_local};
 pub use serve::serve;
 
+use crate::budget::{AllocateError, Allocation, Budget, Charge, Room};
 use crate::message::{Message, Outcome, Request};
 use crate::session::{Call, Session, SessionError};
-use crate::store::{AllocateError, Allocation, Budget, Charge, CommitError, Listed, NotFound};
+use crate::store::{CommitError, NotFound};
 use crate::tensor::{ListLimit, Metadata, TENSORS_MAX, TensorError, TensorInfo, check_batch};
-use batch::{Tally, receive_all, send_all, send_list};
+use batch::{receive_all, send_all, send_list};
 
 /// Why a batch did not move, or a request failed.
 #[derive(Debug, thiserror::Error)]
@@ -47,6 +50,9 @@ pub enum TransferError {
     /// Nothing of that name.
     #[error(transparent)]
     NotFound(#[from] NotFound),
+    /// The part that is asked for does not exist.
+    #[error(transparent)]
+    Slice(#[from] SliceError),
     /// A transfer failed.
     #[error("a tensor did not arrive: {0}")]
     Failed(FailReason),
@@ -106,32 +112,7 @@ pub struct Arrived {
     /// Their prefix's metadata.
     pub metadata: Option<Metadata>,
     /// Their bytes, from the start of it.
-    pub allocation: Arc<Allocation>,
-}
-
-/// How a batch moved.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Moved {
-    /// Tensors.
-    pub tensors: u64,
-    /// Bytes of all of them.
-    pub bytes: u64,
-    /// From the request until both ends had verified everything, room made included.
-    pub seconds: f64,
-    /// Decimal gigabytes a second.
-    pub gb_per_s: f64,
-    /// The path taken: `tcp`, `dpdk:net_vhost`, `local` …
-    pub path: String,
-    /// Why better paths were refused.
-    pub reasons: Vec<String>,
-    /// Segments sent more than once, both ends together.
-    pub retransmits: u64,
-    /// Genie's own CPU copies, both ends together, per byte delivered.
-    pub copies_per_byte: f64,
-    /// Bytes copied by CPUs at both ends, by who copied them.
-    pub copies: Copies,
-    /// CRC32C of all tensors' bytes in the order of their names.
-    pub digest: String,
+    pub allocation: Allocation,
 }
 
 /// Bytes verified so far, for whoever shows progress.
@@ -163,7 +144,8 @@ impl Progress {
         GiveUpOnDrop(self.clone())
     }
 
-    fn check(&self) -> Result<(), TransferError> {
+    /// An error once nobody waits any more.
+    pub(crate) fn check(&self) -> Result<(), TransferError> {
         if self.0.given_up.load(Ordering::Relaxed) {
             Err(TransferError::GivenUp)
         } else {
@@ -171,11 +153,11 @@ impl Progress {
         }
     }
 
-    fn begin(&self, total: u64) {
+    pub(crate) fn begin(&self, total: u64) {
         self.0.total.store(total, Ordering::Relaxed);
     }
 
-    fn add(&self, bytes: u64) {
+    pub(crate) fn add(&self, bytes: u64) {
         self.0.done.fetch_add(bytes, Ordering::Relaxed);
     }
 }
@@ -212,32 +194,65 @@ pub async fn put(
         None => done(&mut call).await?,
     };
     call.finish();
-    finish(session, &infos, tally, theirs, began)
+    finish(session, tally.outcome(&infos), theirs, Way::Out, began)
 }
 
-/// Fetches what a peer's store holds under `prefix` into memory from `budget`.
+/// Fetches what a peer's store holds under `prefix` into memory from `room`.
 pub async fn get(
     session: &Arc<Session>,
     prefix: &str,
-    budget: &Budget,
+    room: &Room,
+    progress: &Progress,
+) -> Result<(Arrived, Moved), TransferError> {
+    let request = Request::Get {
+        prefix: prefix.to_owned(),
+    };
+    receive(session, request, prefix, None, room, progress).await
+}
+
+/// Fetches a part of a tensor in a peer's store into memory from `room`.
+pub async fn fetch(
+    session: &Arc<Session>,
+    name: &str,
+    runs: Vec<Run>,
+    room: &Room,
+    progress: &Progress,
+) -> Result<(Arrived, Moved), TransferError> {
+    let total = slice::check_runs(&runs, u64::MAX)?;
+    let request = Request::Fetch {
+        name: name.to_owned(),
+        runs,
+    };
+    receive(session, request, part::PREFIX, Some(total), room, progress).await
+}
+
+/// Receives what a peer finds; `expected` are its bytes, if that is known.
+async fn receive(
+    session: &Arc<Session>,
+    request: Request,
+    prefix: &str,
+    expected: Option<u64>,
+    room: &Room,
     progress: &Progress,
 ) -> Result<(Arrived, Moved), TransferError> {
     let began = Instant::now();
-    let mut call = session
-        .call(Request::Get {
-            prefix: prefix.to_owned(),
-        })
-        .await?;
+    let mut call = session.call(request).await?;
     let (count, metadata) = match recv_or_fail(&mut call).await? {
         Message::Found {
             count, metadata, ..
         } => (count, metadata),
         other => return Err(call.unexpected(&other).into()),
     };
-    let (infos, _charge) = recv_list(&mut call, count, metadata.as_ref(), budget).await?;
+    let (infos, _charge) = recv_list(&mut call, count, metadata.as_ref(), &room.budget).await?;
     let bytes = check_batch(prefix, &infos, metadata.as_ref())?;
+    if expected.is_some_and(|expected| expected != bytes) {
+        return Err(TransferError::Peer {
+            peer: session.peer.clone(),
+            reason: format!("it has {bytes} bytes of {}", expected.unwrap_or(0)),
+        });
+    }
     progress.begin(bytes);
-    let allocation = allocate(budget, bytes).await?;
+    let allocation = allocate(room, bytes).await?;
     let leases = lay_out(&allocation, &infos)?;
     let (tally, early) = receive_all(&mut call, leases, progress).await?;
     let theirs = match early {
@@ -245,7 +260,7 @@ pub async fn get(
         None => done(&mut call).await?,
     };
     call.finish();
-    let moved = finish(session, &infos, tally, theirs, began)?;
+    let moved = finish(session, tally.outcome(&infos), theirs, Way::In, began)?;
     Ok((
         Arrived {
             tensors: infos,
@@ -256,9 +271,12 @@ pub async fn get(
     ))
 }
 
-/// Lists a peer's store.
-pub async fn list(session: &Arc<Session>) -> Result<Vec<Listed>, TransferError> {
-    let mut call = session.call(Request::List).await?;
+/// Lists a peer's store, or what it has under a name.
+pub async fn list(
+    session: &Arc<Session>,
+    under: Option<String>,
+) -> Result<Vec<Listed>, TransferError> {
+    let mut call = session.call(Request::List { under }).await?;
     let mut listed = Vec::new();
     let mut limit = ListLimit::new(TENSORS_MAX, None)?;
     loop {
@@ -351,9 +369,9 @@ async fn recv_list(
     Ok((infos, charge))
 }
 
-async fn allocate(budget: &Budget, bytes: u64) -> Result<Arc<Allocation>, TransferError> {
-    let budget = budget.clone();
-    let allocated = tokio::task::spawn_blocking(move || budget.allocate(bytes)).await;
+async fn allocate(room: &Room, bytes: u64) -> Result<Allocation, TransferError> {
+    let room = room.clone();
+    let allocated = tokio::task::spawn_blocking(move || room.allocate(bytes)).await;
     Ok(allocated.map_err(|_| TransferError::Stopping)??)
 }
 
@@ -369,14 +387,20 @@ fn lay_out(allocation: &Allocation, infos: &[TensorInfo]) -> Result<Vec<Lease>, 
     Ok(leases)
 }
 
+/// Which end this one is.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Way {
+    In,
+    Out,
+}
+
 fn finish(
     session: &Session,
-    infos: &[TensorInfo],
-    tally: Tally,
+    ours: Outcome,
     theirs: Outcome,
+    way: Way,
     began: Instant,
 ) -> Result<Moved, TransferError> {
-    let ours = tally.outcome(infos);
     if (ours.digest, ours.bytes) != (theirs.digest, theirs.bytes) {
         return Err(TransferError::Digest {
             peer: session.peer.clone(),
@@ -384,28 +408,44 @@ fn finish(
             ours: ours.digest,
         });
     }
-    let mut both = ours;
-    both.retransmits += theirs.retransmits;
-    both.copies.add(theirs.copies);
     let reasons = session.refused.iter().map(ToString::to_string).collect();
-    Ok(Moved::new(both, session.path.name.clone(), reasons, began))
+    let (sent, received) = match way {
+        Way::In => (theirs, ours),
+        Way::Out => (ours, theirs),
+    };
+    Ok(moved(
+        sent,
+        received,
+        session.path.name.clone(),
+        reasons,
+        began,
+    ))
 }
 
-impl Moved {
-    fn new(both: Outcome, path: String, reasons: Vec<String>, began: Instant) -> Self {
-        let seconds = began.elapsed().as_secs_f64();
-        Self {
-            tensors: both.tensors,
-            bytes: both.bytes,
-            seconds,
-            gb_per_s: both.bytes as f64 / 1e9 / seconds.max(1e-9),
-            path,
-            reasons,
-            retransmits: both.retransmits,
-            copies_per_byte: both.copies.per_byte(both.bytes),
-            copies: both.copies,
-            digest: format!("crc32c:{:08x}", both.digest),
-        }
+/// Sums up what the two ends say.
+fn moved(
+    sent: Outcome,
+    received: Outcome,
+    path: String,
+    reasons: Vec<String>,
+    began: Instant,
+) -> Moved {
+    let seconds = began.elapsed().as_secs_f64();
+    let mut copies = sent.copies;
+    copies.add(received.copies);
+    Moved {
+        tensors: received.tensors,
+        bytes: received.bytes,
+        seconds,
+        gb_per_s: received.bytes as f64 / 1e9 / seconds.max(1e-9),
+        path,
+        reasons,
+        retransmits: sent.retransmits + received.retransmits,
+        copies_per_byte: copies.per_byte(received.bytes),
+        copies,
+        sent_copies: sent.copies,
+        received_copies: received.copies,
+        digest: format!("crc32c:{:08x}", received.digest),
     }
 }
 
@@ -413,13 +453,13 @@ impl Moved {
 mod tests {
     use super::*;
     use crate::session::{Direction, testing};
-    use crate::store::Owner;
     use crate::tensor::Dtype;
+    use genie_client::Owner;
 
     /// What becomes of a list of `count` that a peer sends as `infos`.
     async fn receive(count: u64, infos: Vec<TensorInfo>, budget: &Budget) -> String {
         let (session, _outgoing) = testing::session(Direction::Dialled);
-        let mut call = session.call(Request::List).await.unwrap();
+        let mut call = session.call(Request::List { under: None }).await.unwrap();
         let (id, tensors) = (call.id(), infos);
         session.route(id, Message::Tensors { id, tensors }).unwrap();
         match recv_list(&mut call, count, None, budget).await {
@@ -451,14 +491,14 @@ mod tests {
         for (count, infos, reason) in cases {
             let refused = receive(count, infos, &budget).await;
             assert!(refused.contains(reason), "{reason}: {refused}");
-            assert_eq!(budget.used(), 0);
+            assert_eq!(budget.usage().used_bytes, 0);
         }
     }
 
     #[tokio::test]
     async fn a_listing_with_names_that_cannot_be_is_refused() {
         let (session, mut outgoing) = testing::session(Direction::Dialled);
-        let asked = list(&session);
+        let asked = list(&session, None);
         let answered = async {
             let Some(Message::Begin { id, .. }) = outgoing.recv().await else {
                 panic!("no request");
@@ -469,6 +509,7 @@ mod tests {
                 shape: vec![],
                 bytes: 1,
                 owner: Owner::User(0),
+                memory: "host".into(),
             };
             let tensors = vec![listed];
             session.route(id, Message::Listed { id, tensors }).unwrap();

@@ -10,7 +10,7 @@ pub mod model;
 
 use std::io::{BufRead, BufReader, Read};
 use std::net::SocketAddr;
-use std::os::unix::process::ExitStatusExt;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc;
@@ -172,6 +172,16 @@ impl Agent {
         Running::start(command)
     }
 
+    /// Starts a command as another user, for whom the binary and the socket
+    /// must be in reach; only root can.
+    pub fn spawn_as(&self, uid: u32, genie: &Path, args: &[&str]) -> Running {
+        let mut command = Command::new(genie);
+        clean(&mut command);
+        command.args(args).env("GENIE_SOCKET", &self.socket);
+        command.uid(uid).gid(uid);
+        Running::start(command)
+    }
+
     /// Runs a command with `--json`; returns what it printed.
     ///
     /// # Panics
@@ -208,6 +218,11 @@ impl Agent {
         let _ = self.child.wait();
     }
 
+    /// Its process.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
     /// How many descriptors it has open.
     pub fn descriptors(&self) -> usize {
         let folder = format!("/proc/{}/fd", self.child.id());
@@ -233,12 +248,16 @@ impl Drop for Agent {
 impl Running {
     /// Starts a command.
     pub fn start(mut command: Command) -> Self {
-        let child = command
+        command
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .expect("the command can be run");
+            .stderr(Stdio::piped());
+        // A binary that was just copied may be open for writing in a child
+        // that another test is starting.
+        let child = eventually("the command can be run", || match command.spawn() {
+            Err(error) if error.kind() == std::io::ErrorKind::ExecutableFileBusy => None,
+            spawned => Some(spawned.expect("the command can be run")),
+        });
         Self {
             child,
             began: Instant::now(),

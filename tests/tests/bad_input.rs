@@ -262,7 +262,7 @@ fn a_folder_that_cannot_be_written_is_found_before_anything_moves() {
 #[test]
 fn a_socket_without_permission_says_so() {
     let folder = tempfile::tempdir().unwrap();
-    let agent = Agent::start(folder.path(), "a", &[]);
+    let agent = Agent::start(folder.path(), "a", &["--socket-mode=0660"]);
     assert_eq!(
         fs::metadata(&agent.socket).unwrap().permissions().mode() & 0o777,
         0o660

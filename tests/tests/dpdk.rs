@@ -97,6 +97,15 @@ fn a_model_takes_the_device_as_its_own_counters_show() {
     let mut both = [copies(&put), copies(&got)];
     both.sort_unstable();
     assert_eq!(both, [1, 2], "{put} {got}");
+    // From the application's arena to the other one: nothing at the sending
+    // end, but at that of virtio_user; one copy at the receiving end.
+    let sent = |moved: &Value| moved["sent_copies"]["genie"].as_u64().unwrap() / bytes;
+    let mut sent = [sent(&put), sent(&got)];
+    sent.sort_unstable();
+    assert_eq!(sent, [0, 1], "{put} {got}");
+    for moved in [&put, &got] {
+        assert_eq!(moved["received_copies"]["genie"], bytes, "{moved}");
+    }
     for agent in [&a, &b] {
         assert!(
             agent.status()["sessions"][0]["path"]

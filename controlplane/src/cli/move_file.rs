@@ -5,16 +5,14 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
+use genie_client::{Client, Memory, Moved};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 use tokio::signal::unix::{SignalKind, signal};
 
 use super::{CommandError, Target};
-use crate::application::Placed;
-use crate::client::Client;
 use crate::safetensors::{Draft, ModelFile};
 use crate::tensor::check_batch;
-use crate::transfer::Moved;
 
 /// What `put` and `get` print.
 #[derive(Debug, Serialize)]
@@ -24,8 +22,8 @@ pub(super) struct Report {
     pub(super) moved: Moved,
     /// Time for reading or writing the file, apart from `seconds`.
     pub(super) file_seconds: f64,
-    /// CPU copies between file and arena per byte, apart from `copies_per_byte`
-    /// and from the kernel's own.
+    /// CPU copies between file and arena per byte, apart from `copies_per_byte`:
+    /// the kernel's one, between the page cache and the arena.
     pub(super) file_copies_per_byte: f64,
 }
 
@@ -33,6 +31,7 @@ pub(super) fn put(
     client: &mut Client,
     file: &Path,
     to: &Target,
+    memory: Memory,
     json: bool,
 ) -> Result<Report, CommandError> {
     let model = ModelFile::open(file)?;
@@ -43,28 +42,22 @@ pub(super) fn put(
             source,
         }
     })?;
-    let arena = client.arena(header.data_len)?;
+    let arena = client.arena(header.data_len, memory)?;
+    let packed = arena.packed(header.tensors.clone());
+    let packed = packed.map_err(|source| CommandError::Arena {
+        file: file.display().to_string(),
+        source,
+    })?;
     let began = Instant::now();
     let bar = Bar::new("read", json);
-    model.read_into(&arena.lease(), |done| bar.show(done, header.data_len))?;
+    model.read_into(&packed.lease, |done| bar.show(done, header.data_len))?;
     bar.end();
     let file_seconds = began.elapsed().as_secs_f64();
-    let mut offset = 0;
-    let mut tensors = Vec::with_capacity(header.tensors.len());
-    for info in header.tensors.iter().cloned() {
-        let len = info.len_bytes().map_err(|source| CommandError::Tensor {
-            file: file.display().to_string(),
-            source,
-        })?;
-        tensors.push(Placed { info, offset });
-        offset += len;
-    }
     let bar = Bar::new("put", json);
     let show = |done, total| bar.show(done, total);
-    let metadata = header.metadata.clone();
-    let moved = client.put(to.node.as_deref(), &to.name, tensors, metadata, show)?;
+    let (node, metadata) = (to.node.as_deref(), header.metadata.clone());
+    let moved = client.put_with(node, &to.name, &packed.tensors, metadata, show)?;
     bar.end();
-    // Read into a buffer, then copied: an arena is never seen as a slice.
     Ok(Report {
         moved,
         file_seconds,
@@ -76,6 +69,7 @@ pub(super) fn get(
     client: &mut Client,
     from: &Target,
     file: &Path,
+    memory: Memory,
     json: bool,
 ) -> Result<Report, CommandError> {
     // Before anything moves: a folder that cannot be written is found now.
@@ -84,7 +78,7 @@ pub(super) fn get(
     cleanup.remember(draft.temporary());
     let bar = Bar::new("get", json);
     let show = |done, total| bar.show(done, total);
-    let fetched = client.get(from.node.as_deref(), &from.name, show)?;
+    let fetched = client.get_with(from.node.as_deref(), &from.name, memory, show)?;
     bar.end();
     let began = Instant::now();
     let bar = Bar::new("write", json);
@@ -92,17 +86,15 @@ pub(super) fn get(
     draft.write(
         &fetched.tensors,
         fetched.metadata.as_ref(),
-        &fetched.memory,
-        bytes,
+        &fetched.lease(),
         |done| bar.show(done, bytes),
     )?;
     bar.end();
     let file_seconds = began.elapsed().as_secs_f64();
-    // From the arena to the file it is the kernel that copies.
     Ok(Report {
         moved: fetched.moved,
         file_seconds,
-        file_copies_per_byte: 0.0,
+        file_copies_per_byte: 1.0,
     })
 }
 

@@ -2,12 +2,12 @@
 
 use std::fmt::Write;
 
+use genie_client::{Listed, Owner};
 use genie_dataplane::ledger::Copies;
 use serde::Serialize;
 
 use super::move_file::Report;
 use crate::status::{AgentStatus, SessionStatus, TransportStatus};
-use crate::store::{Listed, Owner};
 use crate::units::show_bytes;
 
 /// What `rm` prints.
@@ -84,8 +84,8 @@ pub(super) fn listed(listed: &[Listed]) -> String {
         line(
             &mut text,
             &format!(
-                "{:width$}  {dtype:<8} [{shape}]  {bytes}  {owner}",
-                tensor.name
+                "{:width$}  {dtype:<8} [{shape}]  {bytes}  {}  {owner}",
+                tensor.name, tensor.memory
             ),
         );
     }
@@ -116,9 +116,10 @@ pub(super) fn status(status: &AgentStatus) -> String {
     line(
         &mut text,
         &format!(
-            "  store {} tensors, {}; arenas {}",
+            "  store {} tensors, {}; {} arenas, {}",
             status.store.tensors,
             usage(status.store.used_bytes, status.store.limit_bytes),
+            status.arenas.regions,
             usage(status.arenas.used_bytes, status.arenas.limit_bytes)
         ),
     );
@@ -256,6 +257,7 @@ mod tests {
             shape: vec![1],
             bytes: 1,
             owner: Owner::Peer(hostile.into()),
+            memory: "host".into(),
         };
         let shown = listed(&[tensor]);
         assert_eq!(shown.matches('\n').count(), 1);

@@ -19,6 +19,11 @@ pub(crate) fn node() -> Arc<Node> {
         transports: Default::default(),
         store_bytes: 1 << 20,
         arena_bytes: 1 << 20,
+        user_limits: crate::quota::Limits {
+            connections: 1,
+            arenas: 1,
+            bytes: 1 << 20,
+        },
         peers: Default::default(),
         listen: LOCAL.into(),
         socket: "unused".into(),

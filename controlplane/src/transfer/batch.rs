@@ -355,7 +355,7 @@ mod tests {
     /// Tensors to be moved, and a request whose peer says what the test wants.
     async fn begin() -> (Call, Vec<Lease>, tokio::sync::mpsc::Receiver<Message>) {
         let (session, outgoing) = testing::session(Direction::Dialled);
-        let call = session.call(Request::List).await.unwrap();
+        let call = session.call(Request::List { under: None }).await.unwrap();
         let region = Region::with_backing(4096, Backing::Shmem).unwrap();
         let lease = |at| Lease::new(Arc::clone(&region), at, 100).unwrap();
         (call, vec![lease(0), lease(100)], outgoing)
@@ -403,7 +403,7 @@ mod tests {
             matches!(error, TransferError::Stalled { limit, .. } if limit == testing::STALL),
             "{error}"
         );
-        let listed = crate::transfer::list(call.session()).await;
+        let listed = crate::transfer::list(call.session(), None).await;
         assert!(matches!(listed, Err(TransferError::Stalled { .. })));
     }
 

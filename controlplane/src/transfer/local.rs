@@ -1,15 +1,17 @@
 //! Put and get within one agent: one copy, so that what was verified stays as it is.
 
-use std::sync::Arc;
 use std::time::Instant;
 
+use genie_client::slice::{self, Run};
+use genie_client::{Moved, Owner};
 use genie_dataplane::ledger::Copies;
 use genie_dataplane::memory::Lease;
 
 use super::batch::batch_digest;
-use super::{Arrived, Moved, Progress, Source, TransferError, lay_out};
+use super::{Arrived, Progress, Source, TransferError, lay_out, moved, part};
+use crate::budget::Room;
 use crate::message::Outcome;
-use crate::store::{Budget, Owner, Store, Stored, description_bytes};
+use crate::store::{Store, description_bytes};
 use crate::tensor::{Metadata, TensorInfo, check_batch};
 
 /// Copied at a time, so that progress shows and a stop is noticed.
@@ -28,41 +30,32 @@ pub fn keep(
     let infos: Vec<TensorInfo> = sources.iter().map(|source| source.info.clone()).collect();
     let bytes = check_batch(prefix, &infos, metadata.as_ref())?;
     progress.begin(bytes);
-    store.check(prefix, &infos)?;
+    store.check(prefix, &infos, owner)?;
     let described = description_bytes(prefix, &infos, metadata.as_ref(), owner);
     let charge = store.budget().charge(described)?;
-    let allocation = store.budget().allocate(bytes)?;
+    let allocation = store.budget().room().allocate(bytes)?;
     let leases = lay_out(&allocation, &infos)?;
     let from = sources.iter().map(|source| &source.lease);
     let moved = copy_all(&infos, from, &leases, progress, began)?;
-    let stored = |(info, lease): (TensorInfo, Lease)| Stored {
-        info,
-        lease,
-        allocation: Arc::clone(&allocation),
-        owner: owner.clone(),
-    };
-    store.commit(
-        prefix,
-        infos.into_iter().zip(leases).map(stored).collect(),
-        metadata,
-        charge,
-    )?;
+    let stored = infos.into_iter().zip(leases).collect();
+    store.commit(prefix, stored, metadata, owner, charge)?;
     Ok(moved)
 }
 
-/// Copies what the store holds under `prefix` into memory from `budget`. Blocks.
+/// Copies what the store holds under `prefix` into memory from `room`. Blocks.
 pub fn fetch(
     store: &Store,
     prefix: &str,
-    budget: &Budget,
+    reader: &Owner,
+    room: &Room,
     progress: &Progress,
 ) -> Result<(Arrived, Moved), TransferError> {
     let began = Instant::now();
-    let (stored, metadata) = store.fetch(prefix)?;
+    let (stored, metadata) = store.fetch(prefix, reader)?;
     let tensors: Vec<TensorInfo> = stored.iter().map(|tensor| tensor.info.clone()).collect();
     let bytes = check_batch(prefix, &tensors, metadata.as_ref())?;
     progress.begin(bytes);
-    let allocation = budget.allocate(bytes)?;
+    let allocation = room.allocate(bytes)?;
     let leases = lay_out(&allocation, &tensors)?;
     let from = stored.iter().map(|tensor| &tensor.lease);
     let moved = copy_all(&tensors, from, &leases, progress, began)?;
@@ -70,6 +63,36 @@ pub fn fetch(
         Arrived {
             tensors,
             metadata,
+            allocation,
+        },
+        moved,
+    ))
+}
+
+/// Copies a part of a stored tensor into memory from `room`. Blocks.
+pub fn part(
+    store: &Store,
+    name: &str,
+    runs: &[Run],
+    reader: &Owner,
+    room: &Room,
+    progress: &Progress,
+) -> Result<(Arrived, Moved), TransferError> {
+    let began = Instant::now();
+    let from = store.tensor(name, reader)?.lease;
+    let bytes = slice::check_runs(runs, from.len() as u64)?;
+    progress.begin(bytes);
+    let allocation = room.allocate(bytes)?;
+    let into = allocation.lease(0, bytes);
+    part::gather(&from, runs, &into);
+    progress.add(bytes);
+    let tensors = vec![part::piece(0, bytes)];
+    let digests = [(bytes, into.crc32c(0..bytes as usize))];
+    let moved = local_moved(&tensors, &digests, began);
+    Ok((
+        Arrived {
+            tensors,
+            metadata: None,
             allocation,
         },
         moved,
@@ -89,6 +112,11 @@ fn copy_all<'a>(
         digests.push((to.len() as u64, copy(from, to, progress)?));
     }
     progress.check()?;
+    Ok(local_moved(infos, &digests, began))
+}
+
+/// One copy of every byte, at the one end that there is.
+fn local_moved(infos: &[TensorInfo], digests: &[(u64, u32)], began: Instant) -> Moved {
     let bytes = digests.iter().map(|(len, _)| len).sum();
     let outcome = Outcome {
         tensors: infos.len() as u64,
@@ -98,10 +126,10 @@ fn copy_all<'a>(
             genie: bytes,
             ..Copies::default()
         },
-        digest: batch_digest(infos, &digests),
+        digest: batch_digest(infos, digests),
     };
     let path = "local".to_owned();
-    Ok(Moved::new(outcome, path, Vec::new(), began))
+    moved(Outcome::default(), outcome, path, Vec::new(), began)
 }
 
 /// Copies one tensor; returns the CRC32C of what was written.
@@ -126,12 +154,13 @@ fn copy(from: &Lease, to: &Lease, progress: &Progress) -> Result<u32, TransferEr
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::budget::Budget;
     use crate::tensor::Dtype;
 
     #[test]
     fn what_is_given_up_is_not_stored() {
         let store = Store::new(1 << 20);
-        let from = Budget::new("test", "--test", 1 << 20).allocate(1000);
+        let from = Budget::new("test", "--test", 1 << 20).room().allocate(1000);
         let info = TensorInfo {
             name: "a".into(),
             dtype: Dtype::U8,
@@ -147,12 +176,12 @@ mod tests {
         drop(progress.give_up_on_drop());
         assert!(matches!(keep(&progress), Err(TransferError::GivenUp)));
         assert_eq!(store.usage().used_bytes, 0);
-        assert!(store.list().is_empty());
+        assert!(store.list(None, &Owner::User(0)).is_empty());
 
         assert_eq!(keep(&Progress::default()).unwrap().bytes, 1000);
-        let budget = store.budget();
+        let (room, owner) = (store.budget().room(), Owner::User(0));
         assert!(matches!(
-            fetch(&store, "m", budget, &progress),
+            fetch(&store, "m", &owner, &room, &progress),
             Err(TransferError::GivenUp)
         ));
     }

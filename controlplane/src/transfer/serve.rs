@@ -2,12 +2,16 @@
 
 use std::sync::Arc;
 
+use genie_client::Owner;
+use genie_client::slice::Run;
+use genie_dataplane::memory::Lease;
+
 use super::batch::{receive_all, send_all, send_list};
-use super::{Progress, TransferError, allocate, lay_out, recv_list};
+use super::{Progress, TransferError, allocate, lay_out, part, recv_list};
 use crate::message::{Message, Outcome, Request};
 use crate::node::Node;
 use crate::session::Call;
-use crate::store::{Owner, Stored, description_bytes};
+use crate::store::description_bytes;
 use crate::tensor::{Metadata, TensorInfo, check_batch};
 
 /// Stored tensors listed in one message: some hundred kilobytes.
@@ -20,15 +24,17 @@ pub async fn serve(
     request: Request,
 ) -> Result<Outcome, TransferError> {
     let _busy = node.begin().ok_or(TransferError::Stopping)?;
+    let peer = Owner::Peer(call.session().peer.clone());
     match request {
         Request::Put {
             prefix,
             count,
             metadata,
-        } => serve_put(node, call, &prefix, count, metadata).await,
-        Request::Get { prefix } => serve_get(node, call, &prefix).await,
-        Request::List => {
-            let listed = node.store.list();
+        } => serve_put(node, call, &prefix, count, metadata, &peer).await,
+        Request::Get { prefix } => serve_get(node, call, &prefix, &peer).await,
+        Request::Fetch { name, runs } => serve_fetch(node, call, &name, runs, &peer).await,
+        Request::List { under } => {
+            let listed = node.store.list(under.as_deref(), &peer);
             for tensors in listed.chunks(LISTED) {
                 let tensors = tensors.to_vec();
                 call.send(Message::Listed {
@@ -43,7 +49,7 @@ pub async fn serve(
             })
         }
         Request::Remove { name } => {
-            let tensors = node.store.remove(&name)?;
+            let tensors = node.store.remove(&name, &peer)?;
             Ok(Outcome {
                 tensors,
                 ..Outcome::default()
@@ -58,25 +64,19 @@ async fn serve_put(
     prefix: &str,
     count: u64,
     metadata: Option<Metadata>,
+    peer: &Owner,
 ) -> Result<Outcome, TransferError> {
     let budget = node.store.budget();
     let (infos, mut charge) = recv_list(call, count, metadata.as_ref(), budget).await?;
     let bytes = check_batch(prefix, &infos, metadata.as_ref())?;
-    node.store.check(prefix, &infos)?;
-    let owner = Owner::Peer(call.session().peer.clone());
-    charge.grow_to(description_bytes(prefix, &infos, metadata.as_ref(), &owner))?;
-    let allocation = allocate(budget, bytes).await?;
+    node.store.check(prefix, &infos, peer)?;
+    charge.grow_to(description_bytes(prefix, &infos, metadata.as_ref(), peer))?;
+    let allocation = allocate(&budget.room(), bytes).await?;
     let leases = lay_out(&allocation, &infos)?;
     let (tally, _) = receive_all(call, leases.clone(), &Progress::default()).await?;
     let outcome = tally.outcome(&infos);
-    let stored = |(info, lease): (TensorInfo, _)| Stored {
-        info,
-        lease,
-        allocation: Arc::clone(&allocation),
-        owner: owner.clone(),
-    };
-    let tensors = infos.into_iter().zip(leases).map(stored).collect();
-    node.store.commit(prefix, tensors, metadata, charge)?;
+    let tensors = infos.into_iter().zip(leases).collect();
+    node.store.commit(prefix, tensors, metadata, peer, charge)?;
     Ok(outcome)
 }
 
@@ -84,19 +84,46 @@ async fn serve_get(
     node: &Arc<Node>,
     call: &mut Call,
     prefix: &str,
+    peer: &Owner,
 ) -> Result<Outcome, TransferError> {
-    // Held until the end, so that the memory stays counted while it is sent.
-    let (stored, metadata) = node.store.fetch(prefix)?;
-    let infos: Vec<TensorInfo> = stored.iter().map(|tensor| tensor.info.clone()).collect();
-    let count = infos.len() as u64;
+    let (stored, metadata) = node.store.fetch(prefix, peer)?;
+    let (infos, leases): (Vec<_>, _) = stored
+        .into_iter()
+        .map(|tensor| (tensor.info, tensor.lease))
+        .unzip();
+    send(call, &infos, leases, metadata).await
+}
+
+async fn serve_fetch(
+    node: &Arc<Node>,
+    call: &mut Call,
+    name: &str,
+    runs: Vec<Run>,
+    peer: &Owner,
+) -> Result<Outcome, TransferError> {
+    let from = node.store.tensor(name, peer)?.lease;
+    let room = node.store.budget().room();
+    let cut = tokio::task::spawn_blocking(move || part::cut(&from, &runs, &room)).await;
+    let pieces = cut.map_err(|_| TransferError::Stopping)??;
+    let mut outcome = send(call, &pieces.infos, pieces.leases, None).await?;
+    outcome.copies.genie += pieces.copied;
+    Ok(outcome)
+}
+
+/// Says what there is and sends it.
+async fn send(
+    call: &mut Call,
+    infos: &[TensorInfo],
+    leases: Vec<Lease>,
+    metadata: Option<Metadata>,
+) -> Result<Outcome, TransferError> {
     call.send(Message::Found {
         id: call.id(),
-        count,
+        count: infos.len() as u64,
         metadata,
     })
     .await?;
-    send_list(call, &infos).await?;
-    let leases = stored.iter().map(|tensor| tensor.lease.clone()).collect();
+    send_list(call, infos).await?;
     let (tally, _) = send_all(call, leases, &Progress::default()).await?;
-    Ok(tally.outcome(&infos))
+    Ok(tally.outcome(infos))
 }

@@ -6,8 +6,6 @@ use std::path::PathBuf;
 use genie_dataplane::engine::Snapshot;
 use serde::{Deserialize, Serialize};
 
-use crate::store::Usage;
-
 /// A picture of an agent.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct AgentStatus {
@@ -35,8 +33,37 @@ pub struct AgentStatus {
     pub sessions: Vec<SessionStatus>,
     /// What the store holds.
     pub store: Usage,
-    /// Bytes of applications' arenas.
+    /// Applications' arenas.
     pub arenas: Usage,
+    /// Users of this host that are connected: all of them for root, else only
+    /// whoever asks.
+    pub users: Vec<UserStatus>,
+}
+
+/// How full the store, or the room for arenas, is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Usage {
+    /// Tensors kept; none in arenas, of whose tensors only programs know.
+    pub tensors: u64,
+    /// Pieces of memory allocated, also those that only a transfer still holds.
+    pub regions: u64,
+    /// Bytes of them.
+    pub used_bytes: u64,
+    /// The limit.
+    pub limit_bytes: u64,
+}
+
+/// What one user has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct UserStatus {
+    /// User id.
+    pub uid: u32,
+    /// Connections; each has at most one request under way.
+    pub connections: u64,
+    /// Arenas.
+    pub arenas: u64,
+    /// Bytes of the arenas.
+    pub bytes: u64,
 }
 
 /// A picture of one transport.

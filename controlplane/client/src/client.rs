@@ -1,0 +1,479 @@
+//! A connection to this host's agent, for blocking code.
+//!
+//! One request at a time. Tensor bytes go through arenas, never through the
+//! socket. The invariant: *after a failure that leaves it unclear what the
+//! agent will say next, nothing more is said*: every later request is refused
+//! as [`ClientError::Lost`], and whether to connect again is the caller's choice.
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, PoisonError};
+
+use genie_dataplane::memory::{Region, RegionError};
+
+use crate::arena::{Arena, Fetched, Hold, Imported, Tensor, Unneeded};
+use crate::descriptor;
+use crate::frame::{self, FrameError};
+use crate::protocol::{
+    Answer, ArenaId, Ask, FailureKind, Listed, Memory, Moved, TENSORS_PER_MESSAGE,
+};
+use crate::remote::{Part, RemoteTensor, Selection};
+use crate::status::AgentStatus;
+use crate::tensor::{Dtype, Metadata, TensorInfo};
+
+/// Why a request to the agent failed.
+#[derive(Debug, thiserror::Error)]
+pub enum ClientError {
+    /// No agent there.
+    #[error(
+        "no agent listens on {}: start one with 'genie agent', or name its socket with --socket",
+        .0.display()
+    )]
+    NoAgent(PathBuf),
+    /// The socket's permissions.
+    #[error(
+        "no permission to use {}: run as root, or as a member of the group that 'ls -l {}' shows",
+        .0.display(), .0.display()
+    )]
+    Permission(PathBuf),
+    /// Anything else about connecting.
+    #[error("cannot connect to {}: {source}", path.display())]
+    Connect {
+        /// The socket.
+        path: PathBuf,
+        /// The system's answer.
+        source: io::Error,
+    },
+    /// The agent went away or was not understood; connect again to go on.
+    #[error(
+        "the agent: {}; 'genie status' shows whether it still runs",
+        .0.as_ref().map_or("the connection was lost".to_owned(), FrameError::to_string)
+    )]
+    Lost(#[source] Option<FrameError>),
+    /// The agent's answer has no place here.
+    #[error("the agent answered something unexpected: is it of the same version as this program?")]
+    Unexpected,
+    /// No descriptor came where one should.
+    #[error("the agent passed no memory")]
+    NoDescriptor,
+    /// The memory could not be mapped.
+    #[error("cannot map the arena: {0}")]
+    Map(#[from] RegionError),
+    /// A tensor that lies in an arena of another connection.
+    #[error("tensor {0:?} lies in an arena of another connection: put it through that one")]
+    OtherConnection(String),
+    /// The agent says why.
+    #[error("{message}")]
+    Failed {
+        /// What kind of failure.
+        kind: FailureKind,
+        /// What failed, why, and what to do.
+        message: String,
+    },
+}
+
+/// A connection to the local agent. One request at a time.
+#[derive(Debug)]
+pub struct Client {
+    stream: UnixStream,
+    connection: u64,
+    unneeded: Unneeded,
+    lost: bool,
+}
+
+impl Client {
+    /// Connects to the agent's socket.
+    pub fn connect(path: impl AsRef<Path>) -> Result<Self, ClientError> {
+        static CONNECTIONS: AtomicU64 = AtomicU64::new(0);
+        let path = path.as_ref();
+        let mut stream = UnixStream::connect(path).map_err(|source| match source.kind() {
+            io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => {
+                ClientError::NoAgent(path.to_owned())
+            }
+            io::ErrorKind::PermissionDenied => ClientError::Permission(path.to_owned()),
+            _ => ClientError::Connect {
+                path: path.to_owned(),
+                source,
+            },
+        })?;
+        frame::exchange_preamble_blocking(&mut stream)
+            .map_err(|error| turned_away(&mut stream, error))?;
+        Ok(Self {
+            stream,
+            connection: CONNECTIONS.fetch_add(1, Ordering::Relaxed),
+            unneeded: Unneeded::default(),
+            lost: false,
+        })
+    }
+
+    /// Asks for memory of at least `bytes`, shared with the agent.
+    pub fn arena(&mut self, bytes: u64, memory: Memory) -> Result<Arena, ClientError> {
+        self.ask(&Ask::Arena { bytes, memory })?;
+        let Answer::Arena { arena, reason } = self.recv()? else {
+            return Err(self.unexpected());
+        };
+        let hold = self.hold(arena);
+        let region = Region::from_memfd(self.recv_descriptor()?)?;
+        self.ask(&Ask::Mapped { arena })?;
+        let Answer::Sealed = self.recv()? else {
+            return Err(self.unexpected());
+        };
+        Ok(Arena::new(hold, region, reason))
+    }
+
+    /// Lets the agent use a memory file as it is, without a copy.
+    ///
+    /// It must have the seals SHRINK, GROW, SEAL and WRITE or FUTURE_WRITE;
+    /// the agent names those that are missing.
+    pub fn import(&mut self, memory: impl AsFd) -> Result<Imported, ClientError> {
+        self.ask(&Ask::Import)?;
+        self.pass_descriptor(memory)?;
+        self.recv_imported(|_, _| {})
+    }
+
+    /// Lets the agent read `bytes` at `offset` of a file into memory of its
+    /// own: one copy, the kernel's.
+    pub fn read_file(
+        &mut self,
+        file: impl AsFd,
+        offset: u64,
+        bytes: u64,
+        memory: Memory,
+    ) -> Result<Imported, ClientError> {
+        let read = Ask::Read {
+            offset,
+            bytes,
+            memory,
+        };
+        self.ask(&read)?;
+        self.pass_descriptor(file)?;
+        self.recv_imported(|_, _| {})
+    }
+
+    /// Puts tensors under `prefix`, on `node` or locally.
+    pub fn put(
+        &mut self,
+        node: Option<&str>,
+        prefix: &str,
+        tensors: &[Tensor],
+        metadata: Option<Metadata>,
+    ) -> Result<Moved, ClientError> {
+        self.put_with(node, prefix, tensors, metadata, |_, _| {})
+    }
+
+    /// [`Client::put`], telling bytes done and in total.
+    pub fn put_with(
+        &mut self,
+        node: Option<&str>,
+        prefix: &str,
+        tensors: &[Tensor],
+        metadata: Option<Metadata>,
+        progress: impl FnMut(u64, u64),
+    ) -> Result<Moved, ClientError> {
+        let is_other = |tensor: &&Tensor| tensor.hold().connection != self.connection;
+        if let Some(other) = tensors.iter().find(is_other) {
+            return Err(ClientError::OtherConnection(other.info().name.clone()));
+        }
+        let (node, prefix) = (node.map(str::to_owned), prefix.to_owned());
+        let count = tensors.len() as u64;
+        self.ask(&Ask::Put {
+            node,
+            prefix,
+            count,
+            metadata,
+        })?;
+        for tensors in tensors.chunks(TENSORS_PER_MESSAGE) {
+            let placed = tensors.iter().map(Tensor::placed).collect();
+            self.say(&Ask::Tensors(placed))?;
+        }
+        match self.recv_after(progress)? {
+            Answer::Moved(moved) => Ok(moved),
+            _ => Err(self.unexpected()),
+        }
+    }
+
+    /// Fetches the tensors under `prefix`, from `node` or locally.
+    pub fn get(
+        &mut self,
+        node: Option<&str>,
+        prefix: &str,
+        memory: Memory,
+    ) -> Result<Fetched, ClientError> {
+        self.get_with(node, prefix, memory, |_, _| {})
+    }
+
+    /// [`Client::get`], telling bytes done and in total.
+    pub fn get_with(
+        &mut self,
+        node: Option<&str>,
+        prefix: &str,
+        memory: Memory,
+        progress: impl FnMut(u64, u64),
+    ) -> Result<Fetched, ClientError> {
+        let (node, prefix) = (node.map(str::to_owned), prefix.to_owned());
+        self.ask(&Ask::Get {
+            node,
+            prefix,
+            memory,
+        })?;
+        let Answer::Found { count, metadata } = self.recv_after(progress)? else {
+            return Err(self.unexpected());
+        };
+        let mut tensors = Vec::new();
+        while (tensors.len() as u64) < count {
+            match self.recv()? {
+                Answer::Tensors(more) => tensors.extend(more),
+                _ => return Err(self.unexpected()),
+            }
+        }
+        let answer = self.recv()?;
+        let (moved, region, hold) = self.recv_arrived(answer)?;
+        Ok(Fetched {
+            tensors,
+            metadata,
+            moved,
+            region,
+            _hold: hold,
+        })
+    }
+
+    /// A handle on the tensor of this full name, on `node` or locally.
+    pub fn open(&mut self, node: Option<&str>, name: &str) -> Result<RemoteTensor, ClientError> {
+        let found = self.find(node, name)?;
+        let exact = found.into_iter().find(|tensor| tensor.info.name == name);
+        exact.ok_or_else(|| ClientError::Failed {
+            kind: FailureKind::NotFound,
+            message: format!("no tensor is called {name:?}; 'genie ls' shows what there is"),
+        })
+    }
+
+    /// Handles on the tensors under `prefix`, on `node` or locally.
+    pub fn find(
+        &mut self,
+        node: Option<&str>,
+        prefix: &str,
+    ) -> Result<Vec<RemoteTensor>, ClientError> {
+        let listed = self.list_under(node, Some(prefix))?;
+        let handle = |listed: Listed| {
+            let dtype = parse_dtype(&listed.dtype).ok_or(ClientError::Unexpected)?;
+            Ok(RemoteTensor {
+                node: node.map(str::to_owned),
+                info: TensorInfo {
+                    name: listed.name,
+                    dtype,
+                    shape: listed.shape,
+                },
+                owner: listed.owner,
+            })
+        };
+        listed.into_iter().map(handle).collect()
+    }
+
+    /// Fetches a part of a tensor; only that part travels.
+    pub fn fetch(
+        &mut self,
+        tensor: &RemoteTensor,
+        part: Selection,
+        memory: Memory,
+    ) -> Result<Part, ClientError> {
+        let Selection { runs, shape, dtype } = part;
+        self.ask(&Ask::Fetch {
+            node: tensor.node.clone(),
+            name: tensor.info.name.clone(),
+            runs,
+            memory,
+        })?;
+        let answer = self.recv_after(|_, _| {})?;
+        let (moved, region, hold) = self.recv_arrived(answer)?;
+        Ok(Part {
+            dtype,
+            shape,
+            moved,
+            region,
+            _hold: hold,
+        })
+    }
+
+    /// Lists the store of `node`, or the local one: what this user may see of it.
+    pub fn list(&mut self, node: Option<&str>) -> Result<Vec<Listed>, ClientError> {
+        self.list_under(node, None)
+    }
+
+    fn list_under(
+        &mut self,
+        node: Option<&str>,
+        under: Option<&str>,
+    ) -> Result<Vec<Listed>, ClientError> {
+        self.ask(&Ask::List {
+            node: node.map(str::to_owned),
+            under: under.map(str::to_owned),
+        })?;
+        let mut listed = Vec::new();
+        loop {
+            match self.recv()? {
+                Answer::Listed { tensors, last } => {
+                    listed.extend(tensors);
+                    if last {
+                        return Ok(listed);
+                    }
+                }
+                _ => return Err(self.unexpected()),
+            }
+        }
+    }
+
+    /// Removes a tensor, or all under a prefix; returns how many.
+    pub fn remove(&mut self, node: Option<&str>, name: &str) -> Result<u64, ClientError> {
+        self.ask(&Ask::Remove {
+            node: node.map(str::to_owned),
+            name: name.to_owned(),
+        })?;
+        match self.recv()? {
+            Answer::Removed { tensors } => Ok(tensors),
+            _ => Err(self.unexpected()),
+        }
+    }
+
+    /// The agent's picture of itself.
+    pub fn status(&mut self) -> Result<AgentStatus, ClientError> {
+        self.ask(&Ask::Status)?;
+        match self.recv()? {
+            Answer::Status(status) => Ok(*status),
+            _ => Err(self.unexpected()),
+        }
+    }
+
+    pub(crate) fn stream(&self) -> &UnixStream {
+        &self.stream
+    }
+
+    /// Begins a request, after giving back what is not needed any more.
+    fn ask(&mut self, ask: &Ask) -> Result<(), ClientError> {
+        let unneeded = {
+            let mut unneeded = self.unneeded.lock().unwrap_or_else(PoisonError::into_inner);
+            std::mem::take(&mut *unneeded)
+        };
+        for arena in unneeded {
+            self.say(&Ask::Free { arena })?;
+            let Answer::Freed = self.recv()? else {
+                return Err(self.unexpected());
+            };
+        }
+        self.say(ask)
+    }
+
+    fn say(&mut self, ask: &Ask) -> Result<(), ClientError> {
+        if self.lost {
+            return Err(ClientError::Lost(None));
+        }
+        frame::write_blocking(&mut self.stream, ask).map_err(|error| {
+            self.lost = true;
+            turned_away(&mut self.stream, error)
+        })
+    }
+
+    fn recv(&mut self) -> Result<Answer, ClientError> {
+        if self.lost {
+            return Err(ClientError::Lost(None));
+        }
+        match frame::read_blocking(&mut self.stream, frame::BODY_MAX) {
+            Ok(Answer::Failed { kind, message }) => Err(ClientError::Failed { kind, message }),
+            Ok(answer) => Ok(answer),
+            Err(error) => Err(self.lost(error)),
+        }
+    }
+
+    /// The next answer that is not about progress.
+    fn recv_after(&mut self, mut progress: impl FnMut(u64, u64)) -> Result<Answer, ClientError> {
+        loop {
+            match self.recv()? {
+                Answer::Progress { done, total } => progress(done, total),
+                answer => return Ok(answer),
+            }
+        }
+    }
+
+    fn recv_imported(&mut self, progress: impl FnMut(u64, u64)) -> Result<Imported, ClientError> {
+        let Answer::Imported {
+            arena,
+            bytes,
+            copied,
+        } = self.recv_after(progress)?
+        else {
+            return Err(self.unexpected());
+        };
+        Ok(Imported {
+            hold: self.hold(arena),
+            len: bytes,
+            copied,
+        })
+    }
+
+    fn recv_arrived(
+        &mut self,
+        answer: Answer,
+    ) -> Result<(Moved, Arc<Region>, Arc<Hold>), ClientError> {
+        let Answer::Arrived { arena, moved } = answer else {
+            return Err(self.unexpected());
+        };
+        let hold = self.hold(arena);
+        let region = Region::import(self.recv_descriptor()?, usize::MAX)?;
+        if (region.len() as u64) < moved.bytes {
+            return Err(self.unexpected());
+        }
+        Ok((moved, region, hold))
+    }
+
+    fn recv_descriptor(&mut self) -> Result<OwnedFd, ClientError> {
+        match descriptor::take(&self.stream) {
+            Ok(Some(descriptor)) => Ok(descriptor),
+            Ok(None) => {
+                self.lost = true;
+                Err(ClientError::NoDescriptor)
+            }
+            Err(error) => Err(self.lost(FrameError::Io(error))),
+        }
+    }
+
+    fn pass_descriptor(&mut self, fd: impl AsFd) -> Result<(), ClientError> {
+        descriptor::pass(&self.stream, fd.as_fd()).map_err(|error| self.lost(FrameError::Io(error)))
+    }
+
+    fn hold(&self, id: ArenaId) -> Arc<Hold> {
+        Arc::new(Hold {
+            connection: self.connection,
+            id,
+            unneeded: Arc::clone(&self.unneeded),
+        })
+    }
+
+    fn lost(&mut self, error: FrameError) -> ClientError {
+        self.lost = true;
+        ClientError::Lost(Some(error))
+    }
+
+    fn unexpected(&mut self) -> ClientError {
+        self.lost = true;
+        ClientError::Unexpected
+    }
+}
+
+/// Why nothing can be written: an agent that closes says so before.
+fn turned_away(stream: &mut UnixStream, error: FrameError) -> ClientError {
+    match frame::read_blocking(stream, frame::BODY_MAX) {
+        Ok(Answer::Failed { kind, message }) => ClientError::Failed { kind, message },
+        _ => ClientError::Lost(Some(error)),
+    }
+}
+
+/// A type by the name that safetensors gives it.
+fn parse_dtype(name: &str) -> Option<Dtype> {
+    use serde::Deserialize;
+    use serde::de::IntoDeserializer;
+    let name: serde::de::value::StrDeserializer<'_, serde::de::value::Error> =
+        name.into_deserializer();
+    Dtype::deserialize(name).ok()
+}

@@ -1,0 +1,349 @@
+//! What programs and their host's agent say to each other.
+//!
+//! A Unix stream with the same frames as between agents. Tensor bytes never
+//! pass through it: they lie in arenas, memory files whose descriptors are
+//! passed with a single byte ([`DESCRIPTOR_BYTE`]) between two frames. An arena
+//! belongs to the connection that asked for it and ends with it.
+//!
+//! ```text
+//!   new arena:    Arena →                    ← Arena + descriptor
+//!                 Mapped →                   ← Sealed
+//!   own memory:   Import + descriptor →      ← Imported
+//!   a file:       Read + descriptor →        ← Progress…   ← Imported
+//!   put:          Put, Tensors… →            ← Progress…   ← Moved
+//!   get:          Get →                      ← Progress…   ← Found, Tensors…, Arrived + descriptor
+//!   a part:       Fetch →                    ← Progress…   ← Arrived + descriptor
+//!   Free → ← Freed   List → ← Listed…   Remove → ← Removed   Status → ← Status
+//! ```
+//!
+//! Any request may be answered by `Failed`; the connection then goes on. While
+//! tensors move the application sends nothing: whatever comes, also the end of
+//! the connection, gives the move up.
+
+use std::fmt;
+use std::str::FromStr;
+
+use genie_dataplane::ledger::Copies;
+use serde::{Deserialize, Serialize};
+
+use crate::slice::Run;
+use crate::status::AgentStatus;
+use crate::tensor::{Metadata, TensorError, TensorInfo, check_name, deserialize_shape};
+
+/// Carries a descriptor between two frames.
+pub const DESCRIPTOR_BYTE: u8 = 0xfd;
+
+/// Tensors in one message.
+pub const TENSORS_PER_MESSAGE: usize = 2048;
+
+/// Names an arena on its connection; never used twice.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct ArenaId(pub u32);
+
+/// Which pages memory shall have.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Memory {
+    /// Huge pages where they can be had and are worth it, else ordinary ones.
+    #[default]
+    Auto,
+    /// Ordinary pages.
+    Host,
+    /// Huge pages, or an error that says why not.
+    Hugepage,
+}
+
+/// What an application asks.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub enum Ask {
+    /// Memory to put tensors from.
+    Arena {
+        /// At least this many bytes.
+        bytes: u64,
+        /// On which pages.
+        memory: Memory,
+    },
+    /// The arena was mapped; seal it.
+    Mapped {
+        /// Which.
+        arena: ArenaId,
+    },
+    /// An arena is not needed any more.
+    Free {
+        /// Which.
+        arena: ArenaId,
+    },
+    /// Use a memory file of mine as an arena; its descriptor follows.
+    Import,
+    /// Read a file into a new arena; its descriptor follows.
+    Read {
+        /// First byte.
+        offset: u64,
+        /// How many bytes.
+        bytes: u64,
+        /// Into which pages.
+        memory: Memory,
+    },
+    /// Put tensors that lie in arenas; their list follows.
+    Put {
+        /// To which node's store; none for this agent's own.
+        node: Option<String>,
+        /// Under which prefix.
+        prefix: String,
+        /// How many tensors.
+        count: u64,
+        /// Kept with the prefix.
+        metadata: Option<Metadata>,
+    },
+    /// More of the list.
+    Tensors(Vec<Placed>),
+    /// Fetch tensors.
+    Get {
+        /// From which node's store; none for this agent's own.
+        node: Option<String>,
+        /// Under which prefix.
+        prefix: String,
+        /// Into which pages.
+        memory: Memory,
+    },
+    /// Fetch a part of one tensor.
+    Fetch {
+        /// From which node's store; none for this agent's own.
+        node: Option<String>,
+        /// Full name.
+        name: String,
+        /// Which bytes; they arrive one after the other.
+        runs: Vec<Run>,
+        /// Into which pages.
+        memory: Memory,
+    },
+    /// List a store.
+    List {
+        /// Whose; none for this agent's own.
+        node: Option<String>,
+        /// Only this tensor, or those under this prefix.
+        under: Option<String>,
+    },
+    /// Remove tensors.
+    Remove {
+        /// From whose store; none for this agent's own.
+        node: Option<String>,
+        /// A full name or a prefix.
+        name: String,
+    },
+    /// Describe yourself.
+    Status,
+}
+
+/// A tensor in an arena.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Placed {
+    /// What it is.
+    pub info: TensorInfo,
+    /// In which arena.
+    pub arena: ArenaId,
+    /// Its first byte there.
+    pub offset: u64,
+}
+
+/// What the agent answers.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub enum Answer {
+    /// A new arena; its descriptor follows.
+    Arena {
+        /// Its name.
+        arena: ArenaId,
+        /// Why it is not on huge pages, if it is not though it could be.
+        reason: Option<String>,
+    },
+    /// The arena can be used.
+    Sealed,
+    /// It is no longer there.
+    Freed,
+    /// Bytes that the application passed can be put from.
+    Imported {
+        /// The name of the arena that they are.
+        arena: ArenaId,
+        /// How many there are.
+        bytes: u64,
+        /// How many of them were copied: none of memory that was taken as it is.
+        copied: u64,
+    },
+    /// Bytes moved so far.
+    Progress {
+        /// Verified.
+        done: u64,
+        /// To be moved.
+        total: u64,
+    },
+    /// What was fetched; its list follows.
+    Found {
+        /// How many tensors.
+        count: u64,
+        /// The prefix's metadata.
+        metadata: Option<Metadata>,
+    },
+    /// More of the list: one after the other in the memory that comes with `Arrived`.
+    Tensors(Vec<TensorInfo>),
+    /// A put has moved.
+    Moved(Moved),
+    /// A get or a fetch has moved; the memory's descriptor follows.
+    Arrived {
+        /// The name of the arena that it is.
+        arena: ArenaId,
+        /// How it moved.
+        moved: Moved,
+    },
+    /// More of a listing.
+    Listed {
+        /// Stored tensors.
+        tensors: Vec<Listed>,
+        /// Whether this is all.
+        last: bool,
+    },
+    /// So many tensors were removed.
+    Removed {
+        /// How many.
+        tensors: u64,
+    },
+    /// The agent's picture.
+    Status(Box<AgentStatus>),
+    /// It could not be done.
+    Failed {
+        /// What kind of failure, for programs.
+        kind: FailureKind,
+        /// What failed, why, and what to do, for people.
+        message: String,
+    },
+}
+
+/// What kind of failure a request ended in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum FailureKind {
+    /// Nothing of that name, or nothing that this user may know of.
+    NotFound,
+    /// The name is another's.
+    Taken,
+    /// The user has as much as one user may have.
+    Quota,
+    /// Agent or machine have no memory left, or none of the kind asked for.
+    NoMemory,
+    /// The request makes no sense: a bad name, shape, range or arena.
+    Invalid,
+    /// The descriptor cannot be used.
+    Descriptor,
+    /// The peer cannot be reached, left, or refused.
+    Peer,
+    /// The bytes changed on the way: somebody wrote while they moved.
+    Corrupt,
+    /// The agent is stopping.
+    Stopping,
+}
+
+/// Who put a tensor.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Owner {
+    /// A program on this host, by user id.
+    User(u32),
+    /// A peer's agent, by node name.
+    Peer(String),
+}
+
+/// A stored tensor, as shown by `ls`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Listed {
+    /// Full name, `PREFIX/NAME`.
+    pub name: String,
+    /// Type of the elements, as safetensors spells it.
+    pub dtype: String,
+    /// Dimensions.
+    #[serde(deserialize_with = "deserialize_shape")]
+    pub shape: Vec<u64>,
+    /// Length in bytes.
+    pub bytes: u64,
+    /// Who put it.
+    pub owner: Owner,
+    /// Where it lives: `host` or `hugepage`.
+    pub memory: String,
+}
+
+/// How a batch moved.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Moved {
+    /// Tensors.
+    pub tensors: u64,
+    /// Bytes of all of them.
+    pub bytes: u64,
+    /// From the request until both ends had verified everything, room made included.
+    pub seconds: f64,
+    /// Decimal gigabytes a second.
+    pub gb_per_s: f64,
+    /// The path taken: `tcp`, `dpdk:net_vhost`, `local` …
+    pub path: String,
+    /// Why better paths were refused.
+    pub reasons: Vec<String>,
+    /// Segments sent more than once, both ends together.
+    pub retransmits: u64,
+    /// Genie's own CPU copies, both ends together, per byte delivered.
+    pub copies_per_byte: f64,
+    /// Bytes copied by CPUs at both ends, by who copied them.
+    pub copies: Copies,
+    /// Of these, what was copied at the sending end.
+    pub sent_copies: Copies,
+    /// Of these, what was copied at the receiving end.
+    pub received_copies: Copies,
+    /// CRC32C of all tensors' bytes in the order of their names.
+    pub digest: String,
+}
+
+impl Listed {
+    /// Roughly the memory that it takes.
+    pub fn held_bytes(&self) -> usize {
+        let owner = match &self.owner {
+            Owner::User(_) => 0,
+            Owner::Peer(name) => name.len(),
+        };
+        let text = self.name.len() + self.dtype.len() + self.memory.len() + owner;
+        size_of::<Self>() + text + size_of_val(&self.shape[..])
+    }
+
+    /// Checks what a peer says it has: that these are names.
+    pub fn check(&self) -> Result<(), TensorError> {
+        check_name(&self.name)?;
+        check_name(&self.dtype)?;
+        check_name(&self.memory)?;
+        match &self.owner {
+            Owner::User(_) => Ok(()),
+            Owner::Peer(name) => check_name(name),
+        }
+    }
+}
+
+/// Not a kind of memory.
+#[derive(Clone, Debug, thiserror::Error, PartialEq, Eq)]
+#[error("'{0}' is no kind of memory: auto, host or hugepage")]
+pub struct ParseMemoryError(String);
+
+impl FromStr for Memory {
+    type Err = ParseMemoryError;
+
+    fn from_str(text: &str) -> Result<Self, ParseMemoryError> {
+        match text {
+            "auto" => Ok(Self::Auto),
+            "host" => Ok(Self::Host),
+            "hugepage" => Ok(Self::Hugepage),
+            _ => Err(ParseMemoryError(text.to_owned())),
+        }
+    }
+}
+
+impl fmt::Display for Memory {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Auto => "auto",
+            Self::Host => "host",
+            Self::Hugepage => "hugepage",
+        })
+    }
+}

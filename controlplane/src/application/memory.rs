@@ -1,0 +1,253 @@
+//! The memory of one application's connection: its arenas and what it passes.
+//!
+//! The invariant: *nothing is used that the application could still shrink or
+//! punch holes into*. An arena is sealed, the seals are looked at and missing
+//! pages are made before the first tensor is put from it; a stranger's memory
+//! file must come with its seals; any other file is read, never mapped.
+
+use std::collections::HashMap;
+use std::io::{self, IoSliceMut};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+
+use genie_client::protocol::{ArenaId, DESCRIPTOR_BYTE, Placed};
+use genie_client::{FailureKind, TensorInfo};
+use genie_dataplane::memory::{Lease, RegionError};
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags,
+};
+use tokio::io::Interest;
+use tokio::net::UnixStream;
+use tokio::time::timeout;
+
+use super::{ApplicationError, PATIENCE};
+use crate::budget::{Allocation, Room};
+use crate::transfer::{Progress, Source, TransferError};
+
+/// Read at a time: often enough to notice that nobody waits any more.
+const CHUNK: usize = 8 << 20;
+
+/// The arenas of one connection, by name.
+#[derive(Debug, Default)]
+pub(super) struct Arenas {
+    arenas: HashMap<ArenaId, Arena>,
+    next: u32,
+}
+
+#[derive(Debug)]
+struct Arena {
+    allocation: Allocation,
+    sealed: bool,
+}
+
+/// Why memory cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum MemoryError {
+    #[error("there is no arena {}: it was freed or never made", .0.0)]
+    NoArena(ArenaId),
+    #[error("arena {} is not sealed yet: say that it is mapped first", .0.0)]
+    NotSealed(ArenaId),
+    #[error("tensor {name:?} lies outside its arena")]
+    Outside { name: String },
+    #[error("the arena cannot be sealed: {0}")]
+    Seal(RegionError),
+    #[error("no descriptor came with the request: pass one with SCM_RIGHTS")]
+    NoDescriptor,
+    #[error(
+        "the descriptor is no memory file with seals: pass a memfd made with MFD_ALLOW_SEALING, \
+         or have the file read instead"
+    )]
+    NotMemory,
+    #[error("only regular files are read, this is a {0}")]
+    NotRegular(&'static str),
+    #[error("the file ends at {end} bytes, before {wanted}")]
+    Short { end: u64, wanted: u64 },
+    #[error("the file cannot be read: {0}")]
+    Read(io::Error),
+    #[error(transparent)]
+    Transfer(#[from] TransferError),
+}
+
+impl MemoryError {
+    pub(super) fn kind(&self) -> FailureKind {
+        match self {
+            Self::NoArena(_) | Self::NotSealed(_) | Self::Outside { .. } => FailureKind::Invalid,
+            Self::Seal(_)
+            | Self::NoDescriptor
+            | Self::NotMemory
+            | Self::NotRegular(_)
+            | Self::Short { .. }
+            | Self::Read(_) => FailureKind::Descriptor,
+            Self::Transfer(error) => super::kind_of(error),
+        }
+    }
+}
+
+impl Arenas {
+    /// Keeps memory under a new name.
+    pub(super) fn add(&mut self, allocation: Allocation, sealed: bool) -> ArenaId {
+        let id = ArenaId(self.next);
+        // One after the other, four thousand million times; then old ones go.
+        self.next = self.next.wrapping_add(1);
+        self.arenas.insert(id, Arena { allocation, sealed });
+        id
+    }
+
+    /// Seals an arena that the application has mapped. Blocks for as long as
+    /// looking at all of its pages takes.
+    pub(super) async fn seal(&mut self, id: ArenaId) -> Result<(), MemoryError> {
+        let arena = self.arenas.get(&id).ok_or(MemoryError::NoArena(id))?;
+        let region = Arc::clone(arena.allocation.region());
+        let sealed = tokio::task::spawn_blocking(move || {
+            region.seal()?;
+            // Holes that were punched before the seals were added.
+            region.populate()
+        });
+        let sealed = sealed.await.map_err(|_| TransferError::Stopping)?;
+        sealed.map_err(MemoryError::Seal)?;
+        if let Some(arena) = self.arenas.get_mut(&id) {
+            arena.sealed = true;
+        }
+        Ok(())
+    }
+
+    /// Lets go of an arena; transfers from it keep it until they end.
+    pub(super) fn free(&mut self, id: ArenaId) -> Result<(), MemoryError> {
+        let freed = self.arenas.remove(&id);
+        freed.map(drop).ok_or(MemoryError::NoArena(id))
+    }
+
+    /// Holds on the tensors of a list.
+    pub(super) fn sources(&self, placed: Vec<Placed>) -> Result<Vec<Source>, MemoryError> {
+        placed.into_iter().map(|one| self.source(one)).collect()
+    }
+
+    fn source(&self, placed: Placed) -> Result<Source, MemoryError> {
+        let Placed {
+            info,
+            arena: id,
+            offset,
+        } = placed;
+        let arena = self.arenas.get(&id).ok_or(MemoryError::NoArena(id))?;
+        if !arena.sealed {
+            return Err(MemoryError::NotSealed(id));
+        }
+        let len = TensorInfo::len_bytes(&info).map_err(TransferError::from)?;
+        let region = Arc::clone(arena.allocation.region());
+        match Lease::new(region, offset, len) {
+            Ok(lease) => Ok(Source { info, lease }),
+            Err(_) => Err(MemoryError::Outside { name: info.name }),
+        }
+    }
+}
+
+/// Takes a stranger's sealed memory file as it is. Blocks.
+pub(super) fn import(file: OwnedFd, room: &Room) -> Result<Allocation, MemoryError> {
+    // The file of anything else could hang or change under the mapping.
+    if rustix::fs::fcntl_get_seals(&file).is_err() {
+        return Err(MemoryError::NotMemory);
+    }
+    let stat = rustix::fs::fstat(&file).map_err(|error| MemoryError::Read(error.into()))?;
+    let bytes = u64::try_from(stat.st_size).unwrap_or(0);
+    Ok(room.import(file, bytes).map_err(TransferError::from)?)
+}
+
+/// Reads a part of a file into new memory, until nobody waits. Blocks, for as
+/// long as the file's own file system likes.
+pub(super) fn read(
+    file: &OwnedFd,
+    offset: u64,
+    bytes: u64,
+    room: &Room,
+    progress: &Progress,
+) -> Result<Allocation, MemoryError> {
+    let stat = rustix::fs::fstat(file).map_err(|error| MemoryError::Read(error.into()))?;
+    match rustix::fs::FileType::from_raw_mode(stat.st_mode) {
+        rustix::fs::FileType::RegularFile => {}
+        rustix::fs::FileType::Directory => return Err(MemoryError::NotRegular("folder")),
+        rustix::fs::FileType::Socket => return Err(MemoryError::NotRegular("socket")),
+        _ => return Err(MemoryError::NotRegular("device or pipe")),
+    }
+    // Before room is made for it: a file's end may be far from what is asked for.
+    let (end, wanted) = (
+        u64::try_from(stat.st_size).unwrap_or(0),
+        offset.saturating_add(bytes),
+    );
+    if wanted > end {
+        return Err(MemoryError::Short { end, wanted });
+    }
+    let allocation = room.allocate(bytes).map_err(TransferError::from)?;
+    let into = allocation.lease(0, bytes);
+    progress.begin(bytes);
+    let mut done = 0;
+    while done < into.len() {
+        progress.check()?;
+        let part = done..into.len().min(done + CHUNK);
+        let read = into.read_file(part, file, offset + done as u64);
+        match read.map_err(MemoryError::Read)? {
+            0 => {
+                let end = offset + done as u64;
+                return Err(MemoryError::Short { end, wanted });
+            }
+            read => {
+                done += read;
+                progress.add(read as u64);
+            }
+        }
+    }
+    Ok(allocation)
+}
+
+/// Passes a descriptor with its byte.
+pub(super) async fn pass_descriptor(
+    stream: &UnixStream,
+    fd: impl AsFd,
+) -> Result<(), ApplicationError> {
+    let send = || {
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut control = SendAncillaryBuffer::new(&mut space);
+        let fds = [fd.as_fd()];
+        control.push(SendAncillaryMessage::ScmRights(&fds));
+        let bytes = [io::IoSlice::new(&[DESCRIPTOR_BYTE])];
+        rustix::net::sendmsg(stream, &bytes, &mut control, SendFlags::NOSIGNAL)?;
+        Ok(())
+    };
+    timeout(PATIENCE, stream.async_io(Interest::WRITABLE, send))
+        .await
+        .map_err(|_| ApplicationError::Stalled)?
+        .map_err(ApplicationError::Descriptor)
+}
+
+/// Takes the byte that should carry a descriptor, and the descriptor if it does.
+///
+/// Whatever else comes with it is closed.
+pub(super) async fn take_descriptor(
+    stream: &UnixStream,
+) -> Result<Option<OwnedFd>, ApplicationError> {
+    let recv = || {
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut control = RecvAncillaryBuffer::new(&mut space);
+        let mut byte = [0];
+        let mut bytes = [IoSliceMut::new(&mut byte)];
+        let flags = RecvFlags::CMSG_CLOEXEC | RecvFlags::DONTWAIT;
+        let received = rustix::net::recvmsg(stream, &mut bytes, &mut control, flags)?;
+        let fds = control.drain().filter_map(|message| match message {
+            RecvAncillaryMessage::ScmRights(fds) => Some(fds),
+            _ => None,
+        });
+        let mut fds: Vec<OwnedFd> = fds.flatten().collect();
+        Ok((received.bytes == 1 && byte == [DESCRIPTOR_BYTE]).then(|| {
+            // Two are one too many to know which is meant.
+            fds.pop().filter(|_| fds.is_empty())
+        }))
+    };
+    let taken = timeout(PATIENCE, stream.async_io(Interest::READABLE, recv))
+        .await
+        .map_err(|_| ApplicationError::Stalled)?
+        .map_err(ApplicationError::Descriptor)?;
+    taken.ok_or(ApplicationError::Unexpected(
+        "something instead of a descriptor",
+    ))
+}

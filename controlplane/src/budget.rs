@@ -1,0 +1,288 @@
+//! Memory for tensors, within a budget of bytes.
+//!
+//! The store and all applications' arenas allocate here. The invariant: *memory
+//! is counted from before it is allocated until the last lease on it is gone*,
+//! so that a budget cannot be overrun, by whatever a transfer still holds.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use genie_client::Memory;
+use genie_client::status::Usage;
+use genie_dataplane::memory::{Backing, Lease, Region, RegionError};
+use genie_hugepages::{PageSize, Root};
+
+use crate::quota::{self, QuotaError, User};
+
+/// Bytes that may be allocated, shared by all who allocate from it.
+#[derive(Clone, Debug)]
+pub struct Budget(Arc<BudgetInner>);
+
+#[derive(Debug)]
+struct BudgetInner {
+    name: &'static str,
+    flag: &'static str,
+    limit: u64,
+    used: AtomicU64,
+    regions: AtomicU64,
+}
+
+/// Who pays, and with what: the places in which memory is made.
+#[derive(Clone, Debug)]
+pub struct Room {
+    /// Counted here,
+    pub budget: Budget,
+    /// and charged to this user, if to anybody,
+    pub user: Option<User>,
+    /// on these pages.
+    pub memory: Memory,
+}
+
+/// A region that counts against a budget for as long as anybody holds it.
+#[derive(Clone, Debug)]
+pub struct Allocation {
+    region: Arc<Region>,
+    /// Why it is not on huge pages, if it could be but is not.
+    pub fallback: Option<String>,
+}
+
+/// Bytes that count against a budget for as long as this is held.
+#[derive(Debug)]
+pub struct Charge {
+    budget: Budget,
+    bytes: u64,
+}
+
+/// What a region costs; dropped when it is unmapped.
+#[derive(Debug)]
+struct Cost {
+    charge: Charge,
+    _user: Option<quota::Charge>,
+}
+
+/// Why memory was not given.
+#[derive(Debug, thiserror::Error)]
+pub enum AllocateError {
+    /// It would exceed the budget.
+    #[error(
+        "the {name} is full: {wanted} bytes are wanted, {used} of {limit} are used; \
+         remove tensors with 'genie rm' or start the agent with a larger {flag}"
+    )]
+    Full {
+        /// Which budget.
+        name: &'static str,
+        /// What sets it.
+        flag: &'static str,
+        /// Bytes asked for.
+        wanted: u64,
+        /// Bytes in use.
+        used: u64,
+        /// The limit.
+        limit: u64,
+    },
+    /// It would exceed what one user may have.
+    #[error(transparent)]
+    Quota(#[from] QuotaError),
+    /// The machine has not that much.
+    #[error("the machine has no memory for {wanted} bytes: {source}")]
+    Memory {
+        /// Bytes asked for.
+        wanted: u64,
+        /// Why.
+        source: RegionError,
+    },
+    /// Huge pages were demanded.
+    #[error("no huge pages for {wanted} bytes: {reason}")]
+    HugePages {
+        /// Bytes asked for.
+        wanted: u64,
+        /// Why, and what to type.
+        reason: String,
+    },
+    /// Memory that somebody passed cannot be used.
+    #[error("memory that was passed cannot be used: {0}")]
+    Import(RegionError),
+}
+
+impl Budget {
+    /// A budget of `limit` bytes, called `name` in errors and set by `flag`.
+    pub fn new(name: &'static str, flag: &'static str, limit: u64) -> Self {
+        Self(Arc::new(BudgetInner {
+            name,
+            flag,
+            limit,
+            used: AtomicU64::new(0),
+            regions: AtomicU64::new(0),
+        }))
+    }
+
+    /// How full it is; of tensors it knows nothing.
+    pub fn usage(&self) -> Usage {
+        Usage {
+            tensors: 0,
+            regions: self.0.regions.load(Ordering::Relaxed),
+            used_bytes: self.0.used.load(Ordering::Relaxed),
+            limit_bytes: self.0.limit,
+        }
+    }
+
+    /// Room in it that nobody in particular pays for, on whichever pages.
+    pub fn room(&self) -> Room {
+        Room {
+            budget: self.clone(),
+            user: None,
+            memory: Memory::Auto,
+        }
+    }
+
+    /// Counts memory that is allocated elsewhere.
+    pub fn charge(&self, bytes: u64) -> Result<Charge, AllocateError> {
+        let BudgetInner {
+            name,
+            flag,
+            limit,
+            used,
+            ..
+        } = &*self.0;
+        used.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |used| {
+            used.checked_add(bytes).filter(|used| used <= limit)
+        })
+        .map(|_| Charge {
+            budget: self.clone(),
+            bytes,
+        })
+        .map_err(|used| AllocateError::Full {
+            name,
+            flag,
+            wanted: bytes,
+            used,
+            limit: *limit,
+        })
+    }
+}
+
+impl Charge {
+    /// Counts `bytes` instead, if that is more.
+    pub fn grow_to(&mut self, bytes: u64) -> Result<(), AllocateError> {
+        let mut more = self.budget.charge(bytes.saturating_sub(self.bytes))?;
+        self.bytes += more.bytes;
+        more.bytes = 0;
+        Ok(())
+    }
+
+    /// Parts with up to `bytes`.
+    pub fn split(&mut self, bytes: u64) -> Self {
+        let bytes = bytes.min(self.bytes);
+        self.bytes -= bytes;
+        Self {
+            budget: self.budget.clone(),
+            bytes,
+        }
+    }
+}
+
+impl Drop for Charge {
+    fn drop(&mut self) {
+        self.budget.0.used.fetch_sub(self.bytes, Ordering::Relaxed);
+    }
+}
+
+impl Drop for Cost {
+    fn drop(&mut self) {
+        let regions = &self.charge.budget.0.regions;
+        regions.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+impl Room {
+    /// Allocates a region of at least `bytes`, all pages present. Blocks while
+    /// the kernel clears pages: not for asynchronous code.
+    pub fn allocate(&self, bytes: u64) -> Result<Allocation, AllocateError> {
+        let wanted = bytes.max(1);
+        let mut cost = self.cost(wanted)?;
+        let (region, fallback) = self.region(wanted)?;
+        // Whole pages were taken; count them too, without refusing over a rest.
+        let rest = (region.len() as u64).saturating_sub(wanted);
+        self.budget.0.used.fetch_add(rest, Ordering::Relaxed);
+        cost.charge.bytes += rest;
+        Ok(Allocation::new(region, cost, fallback))
+    }
+
+    /// Takes a stranger's memory file of `bytes` as it is. Blocks.
+    pub fn import(
+        &self,
+        file: std::os::fd::OwnedFd,
+        bytes: u64,
+    ) -> Result<Allocation, AllocateError> {
+        let cost = self.cost(bytes.max(1))?;
+        // Before it was sealed it may have grown beyond what was charged.
+        let len_max = usize::try_from(bytes).unwrap_or(usize::MAX);
+        let region = Region::import(file, len_max).map_err(AllocateError::Import)?;
+        Ok(Allocation::new(region, cost, None))
+    }
+
+    fn cost(&self, bytes: u64) -> Result<Cost, AllocateError> {
+        let user = self.user.as_ref().map(|user| user.arena(bytes));
+        let user = user.transpose()?;
+        let charge = self.budget.charge(bytes)?;
+        self.budget.0.regions.fetch_add(1, Ordering::Relaxed);
+        Ok(Cost {
+            charge,
+            _user: user,
+        })
+    }
+
+    fn region(&self, wanted: u64) -> Result<(Arc<Region>, Option<String>), AllocateError> {
+        let memory = |source| AllocateError::Memory { wanted, source };
+        let len = usize::try_from(wanted).map_err(|_| memory(RegionError::Size(wanted)))?;
+        match self.memory {
+            Memory::Auto => {
+                let (region, reason) = Region::allocate(len).map_err(memory)?;
+                Ok((region, reason.map(|reason| reason.to_string())))
+            }
+            Memory::Host => {
+                let region = Region::with_backing(len, Backing::Shmem).map_err(memory)?;
+                Ok((region, None))
+            }
+            Memory::Hugepage => {
+                let region = Region::with_backing(len, Backing::HUGE_2M);
+                let refused = |error| AllocateError::HugePages {
+                    wanted,
+                    reason: why_no_huge_pages(wanted, &error),
+                };
+                Ok((region.map_err(refused)?, None))
+            }
+        }
+    }
+}
+
+impl Allocation {
+    fn new(region: Arc<Region>, cost: Cost, fallback: Option<String>) -> Self {
+        region
+            .guard(Box::new(cost))
+            .expect("a new region has no guard yet");
+        Self { region, fallback }
+    }
+
+    /// The memory.
+    pub fn region(&self) -> &Arc<Region> {
+        &self.region
+    }
+
+    /// A hold on `len` bytes at `offset`.
+    ///
+    /// # Panics
+    /// If that lies outside: the caller laid the tensors out in it.
+    pub fn lease(&self, offset: u64, len: u64) -> Lease {
+        Lease::new(Arc::clone(&self.region), offset, len).expect("laid out within the region")
+    }
+}
+
+/// The kernel's word for a lack of huge pages does not say what to do.
+fn why_no_huge_pages(bytes: u64, error: &RegionError) -> String {
+    let survey = genie_hugepages::survey(&Root::default()).ok();
+    let choice = survey.map(|survey| survey.choose(PageSize::MB_2, bytes));
+    choice
+        .and_then(|choice| choice.reasons.into_iter().next())
+        .unwrap_or_else(|| error.to_string())
+}
