@@ -133,7 +133,7 @@ pub fn read_blocking<T: DeserializeOwned>(
     decode(&body)
 }
 
-/// [`write()`] for blocking code.
+/// Writes one message.
 pub fn write_blocking<T: Serialize>(
     stream: &mut impl Write,
     message: &T,

@@ -1,4 +1,4 @@
-//! The table behind [`Attachment`](super::Attachment): leases that a device holds.
+//! The table behind [`Attachment`]: leases that a device holds.
 
 #![forbid(unsafe_code)]
 
