@@ -2,7 +2,7 @@
 //!
 //! Two processes (or two threads of one) talk over a control connection while
 //! engines move blocks between them. In reading order: [`plan`] (what was
-//! asked for), [`run`] (one row after another), [`measure`] (the loop and the
+//! asked for), `run` (one row after another), [`measure`] (the loop and the
 //! clock; knows nothing of what it measures), [`genie`] and [`baseline`] (what
 //! carries blocks), [`peer`] (the other process), [`report`] (the figures).
 //! Its rules: a figure is of verified bytes, stands beside a baseline of the

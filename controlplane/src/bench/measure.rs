@@ -200,25 +200,25 @@ mod tests {
 
     #[test]
     fn a_known_delay_is_reported() {
-        let mut carrier = Known::new(Duration::from_millis(20), Duration::ZERO);
-        let sample = run(&mut carrier, &work(1, 600)).unwrap();
-        assert_close("p50 in µs", sample.quantile_us(0.5), 20_000.0);
-        assert_close("mean in µs", sample.latency.mean() / 1e3, 20_000.0);
-        // One block of 1 MB every 20 ms.
-        assert_close("GB/s", sample.gb_per_s(1_000_000), 0.05);
+        let mut carrier = Known::new(Duration::from_millis(60), Duration::ZERO);
+        let sample = run(&mut carrier, &work(1, 1300)).unwrap();
+        assert_close("p50 in µs", sample.quantile_us(0.5), 60_000.0);
+        assert_close("mean in µs", sample.latency.mean() / 1e3, 60_000.0);
+        // One block of 1 MB every 60 ms.
+        assert_close("GB/s", sample.gb_per_s(1_000_000), 1e-3 / 60e-3);
     }
 
     #[test]
     fn a_known_rate_is_reported_with_blocks_in_flight() {
-        // 1 MB every 4 ms, 12 ms away: four in flight keep it busy, eight queue.
-        let mut carrier = Known::new(Duration::from_millis(12), Duration::from_millis(4));
-        let sample = run(&mut carrier, &work(8, 1500)).unwrap();
-        assert_close("GB/s", sample.gb_per_s(1_000_000), 0.25);
-        assert_close("p50 in µs", sample.quantile_us(0.5), 32_000.0);
-        // One in flight never fills it.
-        let mut carrier = Known::new(Duration::from_millis(12), Duration::from_millis(4));
-        let sample = run(&mut carrier, &work(1, 600)).unwrap();
+        // 1 MB every 16 ms, 48 ms away: four in flight keep it busy, eight
+        // queue. Long against what a busy machine oversleeps.
+        let known = || Known::new(Duration::from_millis(48), Duration::from_millis(16));
+        let sample = run(&mut known(), &work(8, 2500)).unwrap();
         assert_close("GB/s", sample.gb_per_s(1_000_000), 1e-3 / 16e-3);
+        assert_close("p50 in µs", sample.quantile_us(0.5), 128_000.0);
+        // One in flight never fills it.
+        let sample = run(&mut known(), &work(1, 1300)).unwrap();
+        assert_close("GB/s", sample.gb_per_s(1_000_000), 1e-3 / 64e-3);
     }
 
     #[test]

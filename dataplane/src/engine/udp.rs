@@ -1,7 +1,7 @@
 //! The engine that speaks Genie's UDP protocol over a [`Device`].
 //!
 //! One thread owns the device, the link and every session's protocol state;
-//! nothing in it is shared. [`Engine::run`] is the whole of what it does.
+//! nothing in it is shared. `Engine::run` is the whole of what it does.
 
 #![forbid(unsafe_code)]
 

@@ -8,7 +8,7 @@
 //! `capability` (what each driver can and cannot do).
 //!
 //! The invariant this crate owns: *every packet buffer has one owner*: the
-//! pool, the device, a [`mbuf::MbufBurst`], or the caller of `rx_burst`; and
+//! pool, the device, a `mbuf::MbufBurst`, or the caller of `rx_burst`; and
 //! none refers to memory after that was detached.
 //!
 //! Where the build found no DPDK the library is empty, and [`MISSING`] says why.
