@@ -359,7 +359,10 @@ fn settings_nobody_knows_are_usage_errors_with_a_suggestion() {
     );
 
     let mut command = genie_command();
-    command.arg("agent").env("GENIE_LISTN", "127.0.0.1:1");
+    // An ordinary user may have no default place for the socket.
+    let socket = folder.path().join("a.sock");
+    command.args(["agent", "--socket", text(&socket)]);
+    command.env("GENIE_LISTN", "127.0.0.1:1");
     let output = Running::start(command).wait(GENEROUS);
     assert_eq!(output.status.code(), Some(2), "{output:?}");
     assert!(
