@@ -370,7 +370,7 @@ fn settings_nobody_knows_are_usage_errors_with_a_suggestion() {
         "{output:?}"
     );
 
-    let output = refused_agent(&["--listen", "0.0.0.0:0"]);
+    let output = refused_agent(&["--listen", "0.0.0.0:0", "--socket", text(&socket)]);
     assert_eq!(output.status.code(), Some(2), "{output:?}");
     assert!(
         output.stderr.contains("--allow-unauthenticated"),
