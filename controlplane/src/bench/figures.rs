@@ -24,27 +24,21 @@ pub fn figures(described: Row, samples: &[Sample], work: &Workload) -> Row {
     }
 }
 
-/// What both ends used for a row of Genie's.
-pub fn account(row: &mut Row, before: &[Usage; 2], after: &[Usage; 2]) {
-    account_cpu(row, before, after);
+/// What the ends used for a row of Genie's: two for each thread.
+pub fn account(row: &mut Row, before: &[Usage], after: &[Usage]) {
+    let used = |of: &dyn Fn(&Usage) -> u64| -> u64 {
+        let ends = before.iter().zip(after);
+        ends.map(|(before, after)| of(after) - of(before)).sum()
+    };
     // Each end counts what it sent and what it received: the bytes delivered
     // are half of the sum.
-    let bytes: u64 = (0..2).map(|end| after[end].bytes - before[end].bytes).sum();
-    let delivered = (bytes as f64 / 2.0).max(1.0);
-    let copied = |of: fn(&Usage) -> u64| {
-        let copied: u64 = (0..2).map(|end| of(&after[end]) - of(&before[end])).sum();
-        Some(copied as f64 / delivered)
-    };
+    let delivered = (used(&|usage| usage.bytes) as f64 / 2.0).max(1.0);
+    let copied = |of: fn(&Usage) -> u64| Some(used(&of) as f64 / delivered);
     row.copies_per_byte = copied(|usage| usage.copies.genie);
     row.driver_copies_per_byte = copied(|usage| usage.copies.driver);
     row.kernel_copies_per_byte = copied(|usage| usage.copies.kernel);
-    row.retransmits = Some(
-        (0..2)
-            .map(|end| after[end].retransmits - before[end].retransmits)
-            .sum(),
-    );
-    let cpu = cpu_between(before, after);
-    row.cpu_s_per_gb = Some(cpu / (delivered / 1e9));
+    row.retransmits = Some(used(&|usage| usage.retransmits));
+    row.cpu_s_per_gb = Some(cpu_between(before, after) / (delivered / 1e9));
 }
 
 /// Adds the other process's CPU time to a baseline's.
@@ -58,13 +52,45 @@ pub fn account_cpu(row: &mut Row, before: &[Usage; 2], after: &[Usage; 2]) {
     }
 }
 
-fn cpu_between(before: &[Usage; 2], after: &[Usage; 2]) -> f64 {
-    let ends = if after[0].process == after[1].process {
-        1
-    } else {
-        2
-    };
-    (0..ends)
-        .map(|end| after[end].cpu_seconds - before[end].cpu_seconds)
-        .sum()
+/// CPU seconds of all processes, each counted once, however many ends it has.
+fn cpu_between(before: &[Usage], after: &[Usage]) -> f64 {
+    let mut seen = Vec::new();
+    let mut sum = 0.0;
+    for (before, after) in before.iter().zip(after) {
+        if !seen.contains(&after.process) {
+            seen.push(after.process);
+            sum += after.cpu_seconds - before.cpu_seconds;
+        }
+    }
+    sum
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn usage(process: u32, cpu_seconds: f64, bytes: u64) -> Usage {
+        Usage {
+            process,
+            cpu_seconds,
+            bytes,
+            ..Usage::default()
+        }
+    }
+
+    #[test]
+    fn a_process_is_counted_once_and_a_byte_once() {
+        // Two threads here, a process of its own behind each.
+        let before = [1, 2, 1, 3].map(|process| usage(process, 1.0, 0));
+        let after = [
+            usage(1, 3.0, 500_000_000),
+            usage(2, 1.5, 500_000_000),
+            usage(1, 3.0, 500_000_000),
+            usage(3, 1.5, 500_000_000),
+        ];
+        let mut row = Row::default();
+        account(&mut row, &before, &after);
+        assert_eq!(row.cpu_s_per_gb, Some(3.0));
+        assert_eq!(row.retransmits, Some(0));
+    }
 }

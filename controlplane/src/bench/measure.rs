@@ -99,6 +99,15 @@ pub fn run(carrier: &mut dyn Carrier, work: &Workload) -> Result<Sample, BenchEr
 }
 
 impl Sample {
+    /// Takes in what another thread measured at the same time.
+    pub fn add(&mut self, other: &Self) {
+        self.blocks += other.blocks;
+        self.elapsed = self.elapsed.max(other.elapsed);
+        self.latency
+            .add(&other.latency)
+            .expect("all histograms have the same bounds");
+    }
+
     /// Bytes that arrived a second, in decimal gigabytes.
     pub fn gb_per_s(&self, block_size: u64) -> f64 {
         (self.blocks * block_size) as f64 / self.elapsed.as_secs_f64().max(1e-9) / 1e9
@@ -219,6 +228,24 @@ mod tests {
         // One in flight never fills it.
         let sample = run(&mut known(), &work(1, 1300)).unwrap();
         assert_close("GB/s", sample.gb_per_s(1_000_000), 1e-3 / 64e-3);
+    }
+
+    #[test]
+    fn what_two_threads_measure_adds_up() {
+        let one = |millis| {
+            let mut carrier = Known::new(Duration::from_millis(millis), Duration::ZERO);
+            let work = Workload {
+                blocks_min: 4,
+                ..work(1, 1)
+            };
+            run(&mut carrier, &work).unwrap()
+        };
+        let (mut fast, slow) = (one(10), one(40));
+        fast.add(&slow);
+        assert_eq!(fast.blocks, 8);
+        assert_eq!(fast.latency.len(), 8);
+        assert_eq!(fast.elapsed, slow.elapsed);
+        assert!(fast.quantile_us(1.0) >= 40_000.0 && fast.quantile_us(0.0) < 40_000.0);
     }
 
     #[test]

@@ -2,6 +2,7 @@
 
 use std::collections::VecDeque;
 use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::sync::Arc;
 use std::sync::mpsc::Receiver;
 use std::time::Duration;
 
@@ -37,7 +38,12 @@ pub struct Peer {
     node: Option<Node>,
 }
 
-/// Listens for one benchmark after another, for ever or `once`.
+/// Connections served at a time: the most threads that `--threads` starts.
+const CONNECTIONS_MAX: usize = 64;
+
+/// Listens for benchmarks, for ever, or serves `once` one connection.
+///
+/// Each connection is one measuring thread's, served by a thread of its own.
 pub fn serve(listen: SocketAddr, device: Option<String>, once: bool) -> Result<(), BenchError> {
     let listener = TcpListener::bind(listen).map_err(BenchError::Channel)?;
     let address = listener.local_addr().map_err(BenchError::Channel)?;
@@ -45,15 +51,26 @@ pub fn serve(listen: SocketAddr, device: Option<String>, once: bool) -> Result<(
     if !address.ip().is_loopback() {
         eprintln!("genie bench: whoever reaches {address} can have this process receive bytes");
     }
+    let serving = Arc::new(());
     loop {
         let (stream, from) = listener.accept().map_err(BenchError::Channel)?;
-        match Peer::new(stream, device.clone(), None)?.run() {
-            Err(error) if !once => eprintln!("genie bench: {from}: {error}"),
-            Err(_) | Ok(()) => {}
-        }
+        let peer = Peer::new(stream, device.clone(), None);
         if once {
+            // How it ended is the measuring process's to say.
+            let _ = peer?.run();
             return Ok(());
         }
+        if Arc::strong_count(&serving) > CONNECTIONS_MAX {
+            eprintln!("genie bench: {from}: {CONNECTIONS_MAX} connections are served already");
+            continue;
+        }
+        let here = Arc::clone(&serving);
+        std::thread::spawn(move || {
+            if let Err(error) = peer.and_then(Peer::run) {
+                eprintln!("genie bench: {from}: {error}");
+            }
+            drop(here);
+        });
     }
 }
 

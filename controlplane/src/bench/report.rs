@@ -80,7 +80,10 @@ pub struct Row {
     pub block_size: u64,
     /// Blocks in flight.
     pub batch_size: usize,
-    /// Connections.
+    /// Measuring threads, each with a session of its own.
+    #[serde(default)]
+    pub threads: Option<u16>,
+    /// Connections of each session.
     pub streams: Option<u16>,
     /// How often it was measured; figures are medians over that.
     pub repeats: usize,

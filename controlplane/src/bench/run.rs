@@ -2,14 +2,13 @@
 
 use std::io::Write;
 
-use genie_dataplane::device::pair::{Options, pair};
 use indicatif::{ProgressBar, ProgressStyle};
 
-use super::carriers::{Kind, Node};
+use super::carriers::Kind;
 use super::environment::{self, Watch, cpu_time};
 use super::figures::{account, figures};
-use super::genie::{Session, ask, expect_done, unexpected};
-use super::measure::{self, Workload};
+use super::genie::{ask, expect_done, unexpected};
+use super::measure::Workload;
 use super::message::{Reply, Request, Usage};
 use super::other::Other;
 use super::peer::{self, VERSION};
@@ -17,8 +16,10 @@ use super::plan::{BenchArgs, Op, Plan, PlannedRow};
 use super::pool::{Layout, Pool};
 use super::report::{NotMeasured, Report, Row, SCHEMA};
 use super::{BenchError, lab, table};
+use workers::Workers;
 
 mod baselines;
+mod workers;
 
 /// Above this share of all processors' time, others were in the way.
 const BUSY_OTHERS_MAX: f64 = 0.05;
@@ -152,16 +153,16 @@ impl<'a> Bench<'a> {
 
     fn measure_kind(&mut self, kind: Kind) {
         let rows = self.plan.rows.clone();
-        let mut open: Option<(Other, Session, Pool)> = None;
+        let mut open: Option<Workers> = None;
         let mut failures = 0;
         for (index, row) in rows.iter().enumerate() {
             self.progress.set_message(name_of(kind, row));
             self.progress.inc(1);
             let ready = match open.take() {
                 Some(ready) => Ok(ready),
-                None => self.open(kind, &rows),
+                None => self.open_workers(kind, &rows),
             };
-            let (mut other, mut session, pool) = match ready {
+            let mut workers = match ready {
                 Ok(ready) => ready,
                 Err(error) => {
                     self.miss(
@@ -174,14 +175,14 @@ impl<'a> Bench<'a> {
                     return;
                 }
             };
-            match self.measure_row(&mut other, &mut session, &pool, kind, row) {
+            match self.measure_row(&mut workers, kind, row) {
                 Ok(measured) => {
                     self.report.rows.push(measured);
                     failures = 0;
-                    open = Some((other, session, pool));
+                    open = Some(workers);
                 }
                 Err(error) => {
-                    let mut failed = self.describe(kind, row, Some(&session), &pool);
+                    let mut failed = self.describe(kind, row, &workers);
                     failed.error = Some(error.to_string());
                     self.report.rows.push(failed);
                     // The next row begins with engines of its own.
@@ -195,44 +196,6 @@ impl<'a> Bench<'a> {
                 return;
             }
         }
-        if let Some((other, session, _)) = open {
-            // The session's end reaches the other process while it is there.
-            drop(session);
-            drop(other);
-        }
-    }
-
-    fn open(
-        &mut self,
-        kind: Kind,
-        rows: &[PlannedRow],
-    ) -> Result<(Other, Session, Pool), BenchError> {
-        let mut other = self.connect()?;
-        let pool = self.take_memory(&mut other, rows)?;
-        let (streams, mtu) = (self.plan.streams, self.args.mtu);
-        let folder = other
-            .folder
-            .as_ref()
-            .map(|folder| folder.path().join("pair"));
-        let (ours, theirs) = match (&self.args.dpdk_device, folder) {
-            (Some(device), _) => (Some(device.clone()), None),
-            (None, folder) => {
-                let pair = folder.map(|path| format!("pair:{}", path.display()));
-                (pair.clone(), pair)
-            }
-        };
-        let end = match &other.pairs {
-            Some(pairs) if kind == Kind::Mem => {
-                let (ours, theirs) = pair(&Options::default());
-                pairs.send(theirs).map_err(|_| BenchError::PeerGone)?;
-                Some(ours)
-            }
-            _ => None,
-        };
-        let listen = other.channel.local().map_err(BenchError::Channel)?.ip();
-        let start = || Node::start(kind, ours.as_deref(), end, listen, streams, mtu);
-        let session = Session::open(&mut other.channel, kind, start, theirs, streams, mtu)?;
-        Ok((other, session, pool))
     }
 
     /// As much memory as the largest row needs, at both ends.
@@ -242,7 +205,7 @@ impl<'a> Bench<'a> {
             .map(|row| self.layout(row, 0).bytes())
             .max()
             .unwrap_or(0);
-        if needed > self.report.environment.memory_bytes / 4 {
+        if needed * u64::from(self.plan.threads) > self.report.environment.memory_bytes / 4 {
             return Err(BenchError::TooLarge(needed));
         }
         let memory = self.plan.memory;
@@ -257,7 +220,9 @@ impl<'a> Bench<'a> {
     }
 
     fn layout(&self, row: &PlannedRow, salt: u64) -> Layout {
-        let cold = row.cold.then_some(self.cold_bytes);
+        // What the threads use together is what one alone would.
+        let share = self.cold_bytes / u64::from(self.plan.threads);
+        let cold = row.cold.then_some(share);
         Layout::new(row.block_size, row.batch_size, cold, salt)
     }
 
@@ -276,22 +241,17 @@ impl<'a> Bench<'a> {
         }
     }
 
-    fn describe(
-        &self,
-        kind: Kind,
-        row: &PlannedRow,
-        session: Option<&Session>,
-        pool: &Pool,
-    ) -> Row {
+    fn describe(&self, kind: Kind, row: &PlannedRow, workers: &Workers) -> Row {
         Row {
             name: name_of(kind, row),
             op: op_name(row.op).into(),
             transport: kind.to_string(),
-            device: session.map(Session::device),
-            memory: Some(pool.pages().into()),
+            device: Some(workers.device()),
+            memory: Some(workers.pages().into()),
             cold: row.cold,
             block_size: row.block_size,
             batch_size: row.batch_size,
+            threads: Some(self.plan.threads),
             streams: (kind == Kind::Tcp).then_some(self.plan.streams),
             reasons: vec![format!(
                 "{kind}: {}",
@@ -307,34 +267,26 @@ impl<'a> Bench<'a> {
 
     fn measure_row(
         &mut self,
-        other: &mut Other,
-        session: &mut Session,
-        pool: &Pool,
+        workers: &mut Workers,
         kind: Kind,
         row: &PlannedRow,
     ) -> Result<Row, BenchError> {
         let layout = self.next_layout(row);
-        pool.fill(&layout);
-        let described = self.describe(kind, row, Some(session), pool);
+        let described = self.describe(kind, row, workers);
         let work = self.workload(row);
-        let (repeats, warmup) = (self.plan.repeats, self.plan.warmup);
-        let check_bytes = self.plan.check_bytes;
-        let echo = row.op == Op::Pingpong;
-        let mut blocks = session.blocks(&mut other.channel, pool, layout, row.batch_size, echo)?;
-        measure::run(
-            &mut blocks,
-            &Workload {
-                duration: warmup,
-                ..work.clone()
-            },
-        )?;
-        let before = blocks.usage()?;
+        let warmup = Workload {
+            duration: self.plan.warmup,
+            ..work.clone()
+        };
+        let mut begun = workers.begin(layout, row)?;
+        begun.run(&warmup)?;
+        let before = begun.usage()?;
         let mut samples = Vec::new();
-        for _ in 0..repeats {
-            samples.push(measure::run(&mut blocks, &work)?);
+        for _ in 0..self.plan.repeats {
+            samples.push(begun.run(&work)?);
         }
-        let after = blocks.usage()?;
-        let checked = blocks.end(check_bytes)?;
+        let after = begun.usage()?;
+        let checked = begun.end(self.plan.check_bytes)?;
         let mut measured = figures(described, &samples, &work);
         account(&mut measured, &before, &after);
         measured.verified = checked > 0;

@@ -1,0 +1,162 @@
+//! The threads that measure: each drives a session of its own.
+//!
+//! With `--threads N` there are N engines at each end and N threads here, each
+//! with its share of the memory. A row is what they do together: blocks add up,
+//! the slowest ends the time, and latencies lie in one histogram.
+
+use genie_dataplane::device::pair::{Options, pair};
+
+use super::Bench;
+use crate::bench::BenchError;
+use crate::bench::carriers::{Kind, Node};
+use crate::bench::genie::{Blocks, Session};
+use crate::bench::measure::{self, Sample, Workload};
+use crate::bench::message::Usage;
+use crate::bench::other::Other;
+use crate::bench::plan::{Op, PlannedRow};
+use crate::bench::pool::{Layout, Pool};
+
+/// All threads' ends; at least one.
+pub(super) struct Workers(Vec<Worker>);
+
+/// What one thread drives. The session goes first: its end reaches the other
+/// process while that is there.
+struct Worker {
+    session: Session,
+    other: Other,
+    pool: Pool,
+}
+
+/// A row under way.
+pub(super) struct Begun<'a>(Vec<Blocks<'a>>);
+
+impl Bench<'_> {
+    /// Opens as many sessions as threads are asked for.
+    pub(super) fn open_workers(
+        &mut self,
+        kind: Kind,
+        rows: &[PlannedRow],
+    ) -> Result<Workers, BenchError> {
+        let count = self.plan.threads;
+        if kind == Kind::Dpdk && count > 1 {
+            return Err(BenchError::NotBuilt(
+                "one process drives one device with one queue: --threads 1, or --transport tcp",
+            ));
+        }
+        let workers = (0..count).map(|_| self.open_worker(kind, rows));
+        workers.collect::<Result<_, _>>().map(Workers)
+    }
+
+    fn open_worker(&self, kind: Kind, rows: &[PlannedRow]) -> Result<Worker, BenchError> {
+        let mut other = self.connect()?;
+        let pool = self.take_memory(&mut other, rows)?;
+        let (streams, mtu) = (self.plan.streams, self.args.mtu);
+        let folder = other
+            .folder
+            .as_ref()
+            .map(|folder| folder.path().join("pair"));
+        let (ours, theirs) = match (&self.args.dpdk_device, folder) {
+            (Some(device), _) => (Some(device.clone()), None),
+            (None, folder) => {
+                let pair = folder.map(|path| format!("pair:{}", path.display()));
+                (pair.clone(), pair)
+            }
+        };
+        let end = match &other.pairs {
+            Some(pairs) if kind == Kind::Mem => {
+                let (ours, theirs) = pair(&Options::default());
+                pairs.send(theirs).map_err(|_| BenchError::PeerGone)?;
+                Some(ours)
+            }
+            _ => None,
+        };
+        let listen = other.channel.local().map_err(BenchError::Channel)?.ip();
+        let start = || Node::start(kind, ours.as_deref(), end, listen, streams, mtu);
+        let session = Session::open(&mut other.channel, kind, start, theirs, streams, mtu)?;
+        Ok(Worker {
+            session,
+            other,
+            pool,
+        })
+    }
+}
+
+impl Workers {
+    /// The drivers of both ends.
+    pub(super) fn device(&self) -> String {
+        self.0[0].session.device()
+    }
+
+    /// What the blocks' pages are.
+    pub(super) fn pages(&self) -> &'static str {
+        self.0[0].pool.pages()
+    }
+
+    /// Begins a row in every session.
+    pub(super) fn begin(
+        &mut self,
+        layout: Layout,
+        row: &PlannedRow,
+    ) -> Result<Begun<'_>, BenchError> {
+        let echo = row.op == Op::Pingpong;
+        let mut begun = Vec::with_capacity(self.0.len());
+        for worker in &mut self.0 {
+            let (channel, pool) = (&mut worker.other.channel, &worker.pool);
+            pool.fill(&layout);
+            let session = &mut worker.session;
+            begun.push(session.blocks(channel, pool, layout, row.batch_size, echo)?);
+        }
+        Ok(Begun(begun))
+    }
+}
+
+impl Begun<'_> {
+    /// Runs the workload once on every thread, at the same time.
+    pub(super) fn run(&mut self, work: &Workload) -> Result<Sample, BenchError> {
+        let share = Workload {
+            rate: work.rate.map(|rate| rate / self.0.len() as f64),
+            ..work.clone()
+        };
+        if let [only] = &mut self.0[..] {
+            return measure::run(only, &share);
+        }
+        let samples: Vec<Result<Sample, BenchError>> = std::thread::scope(|scope| {
+            let threads: Vec<_> = (self.0.iter_mut())
+                .map(|blocks| scope.spawn(|| measure::run(blocks, &share)))
+                .collect();
+            let joined = threads.into_iter().map(|thread| thread.join());
+            joined
+                .map(|end| end.expect("the measuring loop does not panic"))
+                .collect()
+        });
+        let mut together: Option<Sample> = None;
+        for sample in samples {
+            let sample = sample?;
+            match &mut together {
+                None => together = Some(sample),
+                Some(all) => all.add(&sample),
+            }
+        }
+        Ok(together.expect("there is at least one thread"))
+    }
+
+    /// What both ends of every session have used so far.
+    pub(super) fn usage(&mut self) -> Result<Vec<Usage>, BenchError> {
+        let mut all = Vec::with_capacity(2 * self.0.len());
+        for blocks in &mut self.0 {
+            all.extend(blocks.usage()?);
+        }
+        Ok(all)
+    }
+
+    /// Ends the row; returns how many blocks were compared with what was sent,
+    /// none if one thread's were not looked at.
+    pub(super) fn end(self, bytes_max: u64) -> Result<u64, BenchError> {
+        let share = bytes_max / self.0.len() as u64;
+        let mut least = u64::MAX;
+        for blocks in self.0 {
+            least = least.min(blocks.end(share)?);
+        }
+        Ok(least)
+    }
+}
