@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::bench::BenchError;
 use crate::bench::carriers::{Kind, dpdk_options};
+use crate::bench::environment::cpu_time;
 
 /// Ethernet, IPv6, UDP and Genie's data header: what a frame of the engine has
 /// in front of its payload, within 2 bytes.
@@ -48,6 +49,19 @@ pub struct Received {
     pub seconds: f64,
     /// Frames that were not what was sent.
     pub bad: u64,
+    /// CPU time meanwhile: a poller's is all of one processor.
+    pub cpu_seconds: f64,
+}
+
+/// What a sender did.
+#[derive(Clone, Debug)]
+pub struct Sent {
+    /// Its driver.
+    pub driver: String,
+    /// Frames that the device took.
+    pub frames: u64,
+    /// CPU time meanwhile.
+    pub cpu_seconds: f64,
 }
 
 impl Use {
@@ -81,7 +95,7 @@ fn wait_for_link(port: &Port) -> Result<(), BenchError> {
     Ok(())
 }
 
-/// Sends frames until `stop` says so; returns the driver. `opened` is called
+/// Sends frames until `stop` says so. `opened` is called
 /// between opening the device, so that this is the first end of a pair, and
 /// waiting for the other end.
 pub fn send(
@@ -89,7 +103,7 @@ pub fn send(
     frame_bytes: usize,
     opened: impl FnOnce() -> Result<(), BenchError>,
     mut stop: impl FnMut() -> Result<bool, BenchError>,
-) -> Result<String, BenchError> {
+) -> Result<Sent, BenchError> {
     let mut port = open(device)?;
     opened()?;
     wait_for_link(&port)?;
@@ -104,7 +118,7 @@ pub fn send(
     for frame in &mut frames {
         frame.head = [0xff; HEAD_BYTES].into_iter().collect();
     }
-    let mut next = 0;
+    let (mut next, mut sent, before) = (0, 0, cpu_time());
     while !stop()? {
         // The channel is looked at once in a while: that is a system call.
         for _ in 0..1024 {
@@ -118,13 +132,20 @@ pub fn send(
                 });
                 at = after(at, len);
             }
-            for _ in 0..port.tx_burst(&frames) {
+            let taken = port.tx_burst(&frames);
+            sent += taken as u64;
+            for _ in 0..taken {
                 next = after(next, len);
             }
         }
     }
+    let cpu_seconds = (cpu_time() - before).as_secs_f64();
     port.reap();
-    Ok(port.capabilities().driver.clone())
+    Ok(Sent {
+        driver: port.capabilities().driver.clone(),
+        frames: sent,
+        cpu_seconds,
+    })
 }
 
 /// Receives frames for so long.
@@ -174,7 +195,9 @@ pub fn receive(
         }
     }
     run(&mut port, WARM_UP, &mut on_frame);
+    let before = cpu_time();
     let (count, time) = run(&mut port, Duration::from_secs_f64(seconds), &mut on_frame);
+    let cpu_seconds = (cpu_time() - before).as_secs_f64();
     std::hint::black_box(crc);
     let len = frame_bytes - HEAD_BYTES;
     if what != Use::Untouched {
@@ -194,6 +217,7 @@ pub fn receive(
         frames: count,
         seconds: time.as_secs_f64(),
         bad,
+        cpu_seconds,
     })
 }
 

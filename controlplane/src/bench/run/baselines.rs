@@ -179,7 +179,7 @@ impl Bench<'_> {
     fn measure_raw(&mut self) -> Result<(), BenchError> {
         for what in raw::Use::ALL {
             let mut received: Vec<raw::Received> = Vec::new();
-            let mut driver = String::new();
+            let mut sent: Vec<raw::Sent> = Vec::new();
             for _ in 0..self.plan.repeats {
                 let mut other = self.connect()?;
                 let Some(folder) = &other.folder else {
@@ -209,7 +209,7 @@ impl Bench<'_> {
                     }
                     Some(reply) => Err(unexpected(reply)),
                 };
-                driver = raw::send(&device, FRAME_BYTES, opened, stop)?;
+                sent.push(raw::send(&device, FRAME_BYTES, opened, stop)?);
             }
             let rate = |received: &raw::Received| {
                 (received.frames * FRAME_BYTES as u64) as f64 / received.seconds / 1e9
@@ -217,17 +217,24 @@ impl Bench<'_> {
             let rates: Vec<f64> = received.iter().map(rate).collect();
             let bad: u64 = received.iter().map(|received| received.bad).sum();
             let theirs = received.first().map_or("", |received| &received.driver);
+            let ours = sent.first().map_or("", |sent| &sent.driver);
+            let gigabytes = |frames: u64| (frames.max(1) * FRAME_BYTES as u64) as f64 / 1e9;
+            let cpu = received.iter().zip(&sent).map(|(received, sent)| {
+                received.cpu_seconds / gigabytes(received.frames)
+                    + sent.cpu_seconds / gigabytes(sent.frames)
+            });
             self.report.baselines.push(Row {
                 name: format!("raw device {}", what.name()),
                 op: "frames".into(),
                 transport: "dpdk".into(),
-                device: Some(format!("{driver} → {theirs}")),
+                device: Some(format!("{ours} → {theirs}")),
                 cold: true,
                 block_size: FRAME_BYTES as u64,
                 batch_size: 32,
                 repeats: rates.len(),
                 gb_per_s: median(&rates),
                 gb_per_s_ci95: confidence_95(&rates),
+                cpu_s_per_gb: median(&cpu.collect::<Vec<_>>()),
                 verified: what != raw::Use::Untouched && bad == 0,
                 error: (bad > 0).then(|| format!("{bad} frames were not what was sent")),
                 ..Row::default()
