@@ -463,6 +463,16 @@ impl Transfer {
         self.transfer
     }
 
+    /// Asks the engine to give the transfer up, whose end is still to be awaited:
+    /// until then the engine holds the lease.
+    pub fn cancel(&self) {
+        let _ = self.endpoint.command(Command::Cancel {
+            session: self.session,
+            transfer: self.transfer,
+            outgoing: self.outgoing,
+        });
+    }
+
     /// Blocks until the transfer ended. Not for asynchronous code.
     pub fn wait(mut self) -> Result<Receipt, FailReason> {
         self.done = true;
@@ -485,12 +495,7 @@ impl Future for Transfer {
 impl Drop for Transfer {
     fn drop(&mut self) {
         if !self.done {
-            let (session, transfer, outgoing) = (self.session, self.transfer, self.outgoing);
-            let _ = self.endpoint.command(Command::Cancel {
-                session,
-                transfer,
-                outgoing,
-            });
+            self.cancel();
         }
     }
 }

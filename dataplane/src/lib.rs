@@ -4,7 +4,8 @@
 //! [`engine`] (one thread that owns one queue pair), `genie_proto::connection`
 //! and `genie_proto::wire` (the protocol), [`device`] and [`dpdk`] (the queue).
 //! [`tcp`] is the engine for hosts and peers without DPDK. [`memory`] says
-//! where bytes live and keeps them there while anyone may touch them.
+//! where bytes live and keeps them there while anyone may touch them; [`stage`]
+//! moves those that live in a device's memory.
 
 #![deny(unsafe_code)]
 
@@ -14,6 +15,7 @@ pub mod endpoint;
 pub mod engine;
 pub mod ledger;
 pub mod memory;
+pub mod stage;
 pub mod tcp;
 
 pub use genie_proto::{Digest, SessionId, TransferId};

@@ -3,6 +3,7 @@
 //! Called by the engines, which read and write tensors only through a
 //! [`Lease`], and by the control plane, which makes regions for its store and
 //! for applications; applications allocate tensors in theirs with an [`Arena`].
+//! Device memory is another type, in [`accelerator`].
 //! The invariant this module owns: *memory that an engine, a
 //! NIC or another process may touch is never freed before the last lease on it
 //! is dropped, and never seen through a Rust reference*, since another process
@@ -10,6 +11,7 @@
 
 #![allow(unsafe_code)]
 
+pub mod accelerator;
 mod arena;
 mod lease;
 mod region;
