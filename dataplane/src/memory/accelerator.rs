@@ -4,7 +4,7 @@
 //! engines, and by the control plane, which keeps tensors in device memory.
 //! The invariant: *device memory is never behind a host pointer*. A
 //! [`DeviceLease`] has an address that only the device's own calls take; it is
-//! another type than [`Lease`](super::Lease), so that no engine, checksum or
+//! another type than [`Lease`], so that no engine, checksum or
 //! file can be handed one by mistake. A stream keeps the memory of its copies
 //! until the device has finished them.
 //!
