@@ -27,6 +27,7 @@ mod lobby;
 mod reader;
 mod session;
 mod socket;
+mod spin;
 mod stream;
 mod transfers;
 mod writer;

@@ -16,6 +16,7 @@ use super::context::{Context, STREAM_KEYS, stream_of_key};
 use super::frame::{Hello, Verdict};
 use super::lobby::Lobby;
 use super::session::{Ended, ReadEnd, Session, Turn};
+use super::spin::Spin;
 use crate::endpoint::EnginePorts;
 use crate::engine::status::PUBLISH_EVERY;
 use crate::engine::{
@@ -50,6 +51,7 @@ pub(crate) struct Engine {
     next_publication: Instant,
     /// Something happened since the last publication.
     news: bool,
+    spin: Spin,
     stopping: bool,
 }
 
@@ -85,6 +87,7 @@ impl Engine {
             touched: Vec::new(),
             accept_again: None,
             news: true,
+            spin: Spin::new(),
             stopping: false,
         })
     }
@@ -109,6 +112,9 @@ impl Engine {
             self.context.completions.flush();
             self.wait(&mut events);
             self.context.now = Instant::now();
+            if !events.is_empty() {
+                self.spin.busy(self.context.now);
+            }
             for event in events.drain(..) {
                 self.handle_event(event.data.u64(), event.flags);
             }
@@ -119,6 +125,7 @@ impl Engine {
     fn take_commands(&mut self) {
         while let Some(command) = self.commands.try_recv() {
             self.news = true;
+            self.spin.busy(self.context.now);
             self.handle_command(command);
         }
         self.stopping |= self.commands.is_closed();
@@ -359,10 +366,12 @@ impl Engine {
     }
 
     fn wait(&mut self, events: &mut Vec<epoll::Event>) {
-        let asleep = self.commands.prepare_sleep();
+        let asleep = !self.spin.again(self.context.now) && self.commands.prepare_sleep();
         let limit = if asleep {
             self.sleep_limit()
         } else {
+            // Whoever shares the core goes first: it may be what we wait for.
+            std::thread::yield_now();
             Some(Duration::ZERO)
         };
         let limit = limit.and_then(|limit| Timespec::try_from(limit).ok());
