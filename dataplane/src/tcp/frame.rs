@@ -15,7 +15,7 @@ pub const HELLO_LEN: usize = 40;
 /// Bytes of a [`Header`] on the wire.
 pub const HEADER_LEN: usize = 32;
 /// Version of this protocol; a peer of another one is refused.
-pub const VERSION: u16 = 1;
+pub const VERSION: u16 = 2;
 /// The most payload a DATA frame carries. A chunk stays in a core's second-level
 /// cache between checksum and copy, and is the most that a control frame waits for.
 pub const CHUNK_MAX: u32 = 256 << 10;
@@ -221,6 +221,12 @@ impl Header {
                 },
             )
         }
+    }
+
+    /// Whether this DATA frame carries all of a tensor of `len` bytes. Its CRC
+    /// is then the tensor's digest, and the receiver needs no DONE_OK.
+    pub fn is_whole(&self, len: u64) -> bool {
+        self.kind == Kind::Data && self.offset == 0 && u64::from(self.payload_len) == len
     }
 
     /// The header's bytes.

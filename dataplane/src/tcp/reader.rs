@@ -40,8 +40,13 @@ pub(crate) enum Item {
 /// How one read went.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Outcome {
-    /// This many bytes came.
-    Bytes(usize),
+    /// Some bytes came.
+    Bytes {
+        /// How many.
+        received: usize,
+        /// Fewer than there was room for: that was all.
+        drained: bool,
+    },
     /// Nothing is there.
     Blocked,
     /// The peer will send no more.
@@ -70,6 +75,7 @@ impl Reader {
             }
             None => scatter.push(head),
         }
+        let room = scatter.len();
         let received = match scatter.receive(socket) {
             Ok(0) => return Ok(Outcome::EndOfStream),
             Ok(received) => received,
@@ -77,7 +83,10 @@ impl Reader {
                 return Ok(Outcome::Blocked);
             }
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {
-                return Ok(Outcome::Bytes(0));
+                return Ok(Outcome::Bytes {
+                    received: 0,
+                    drained: false,
+                });
             }
             Err(error) => return Err(error),
         };
@@ -86,7 +95,8 @@ impl Reader {
             payload.done += of_payload;
         }
         self.head_len += received - of_payload;
-        Ok(Outcome::Bytes(received))
+        let drained = received < room;
+        Ok(Outcome::Bytes { received, drained })
     }
 
     /// What the last read completed, in the order of the stream.

@@ -120,6 +120,11 @@ impl<'a> Scatter<'a> {
         });
     }
 
+    /// Bytes there is room for.
+    pub(crate) fn len(&self) -> usize {
+        self.vectors.iter().map(|vector| vector.iov_len).sum()
+    }
+
     /// Receives what is there; zero bytes mean that the peer will send no more.
     pub(crate) fn receive(&mut self, socket: &TcpStream) -> io::Result<usize> {
         let count = self.vectors.len() as libc::c_int;

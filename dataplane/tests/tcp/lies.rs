@@ -204,7 +204,6 @@ fn a_late_chunk_of_an_old_generation_never_lands() {
     // The right one still works.
     peer.chunk(id, 0, &[7; 128]);
     assert_eq!(peer.hear().kind, Kind::Done);
-    peer.say(Header::about(Kind::DoneOk, id), &[]);
     received.wait().unwrap();
     assert!(bytes(&into).iter().all(|byte| *byte == 7));
     peer.engine.stop();
@@ -246,13 +245,57 @@ fn a_wrong_payload_checksum_fails_the_transfer_and_not_the_session() {
         (Kind::ResetByReceiver, Reason::Digest)
     );
     assert_eq!(received.wait(), Err(FailReason::DigestMismatch));
+    let into = empty(128);
     let (id, received) = peer.expect(&into);
     peer.chunk(id, 0, &[9; 64]);
+    peer.chunk(id, 64, &[9; 64]);
     assert_eq!(peer.hear().kind, Kind::Done);
     // The other end may still find that the digests differ.
     peer.say(Header::about(Kind::DoneMismatch, id), &[]);
     assert_eq!(received.wait(), Err(FailReason::DigestMismatch));
     assert_given_back(&into);
+    peer.engine.stop();
+}
+
+#[test]
+fn a_tensor_in_one_frame_needs_no_confirmation() {
+    let mut peer = Peer::new();
+    for len in [0, 64, 100] {
+        let into = empty(len.max(1)).slice(0..len as u64).unwrap();
+        let (id, received) = peer.expect(&into);
+        peer.chunk(id, 0, &vec![3; len]);
+        let done = peer.hear();
+        assert_eq!((done.kind, done.offset), (Kind::Done, len as u64));
+        assert_eq!(received.wait().unwrap().bytes, len as u64);
+        // Who confirms or denies it all the same changes nothing.
+        peer.say(Header::about(Kind::DoneOk, id), &[]);
+        peer.say(Header::about(Kind::DoneMismatch, id), &[]);
+    }
+    let from = filled(64, 1);
+    let id = TransferId {
+        slot: 0,
+        generation: 1,
+    };
+    let sent = peer.engine.send(peer.id, id, from).unwrap();
+    let data = peer.hear();
+    peer.socket.read_exact(&mut [0; 64]).unwrap();
+    let done = Header {
+        offset: 64,
+        crc: data.crc,
+        ..Header::about(Kind::Done, id)
+    };
+    peer.say(done, &[]);
+    sent.wait().unwrap();
+    // Up to the answer to this there is no DONE_OK.
+    peer.say(Header::plain(Kind::Ping, 77), &[]);
+    loop {
+        let frame = read_frame(&mut peer.socket);
+        match frame.kind {
+            Kind::Pong if frame.offset == 77 => break,
+            Kind::Ping | Kind::Pong => {}
+            other => panic!("{other:?}"),
+        }
+    }
     peer.engine.stop();
 }
 
