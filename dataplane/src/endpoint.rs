@@ -17,12 +17,13 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use genie_proto::{SessionId, TransferId};
+use genie_proto::{Incoming, Outgoing, SessionId, TransferId};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 
 use crate::engine::ring::{self, Full, Receiver, Sender};
 use crate::engine::{
-    Command, Completion, FailReason, OpenError, OperationId, Receipt, Remote, Status,
+    Command, Completion, FailReason, Interrupted, OpenError, OperationId, Partial, Receipt, Remote,
+    Status,
 };
 use crate::memory::Lease;
 
@@ -83,13 +84,17 @@ pub struct EnginePorts {
 #[derive(Debug)]
 #[must_use = "dropping a transfer cancels it"]
 pub struct Transfer {
-    answer: oneshot::Receiver<Result<Receipt, FailReason>>,
+    answer: oneshot::Receiver<Answer>,
     endpoint: Endpoint,
     session: SessionId,
     transfer: TransferId,
     outgoing: bool,
     done: bool,
+    interrupted: Option<Box<Interrupted>>,
 }
+
+/// How a transfer ended, and what had moved if its session ended.
+type Answer = (Result<Receipt, FailReason>, Option<Box<Interrupted>>);
 
 #[derive(Debug)]
 struct Shared {
@@ -105,7 +110,7 @@ struct Shared {
 enum Waiting {
     Open(oneshot::Sender<Result<Duration, OpenError>>),
     Transfer {
-        answer: oneshot::Sender<Result<Receipt, FailReason>>,
+        answer: oneshot::Sender<Answer>,
         /// The slot to give back, for a transfer we receive.
         slot: Option<(SessionId, TransferId)>,
         _permit: OwnedSemaphorePermit,
@@ -185,7 +190,19 @@ impl Endpoint {
         into: Lease,
     ) -> Result<(TransferId, Transfer), FailReason> {
         let permit = self.permit().await;
-        self.start_receive(session, into, permit)
+        self.start_receive(session, into, None, permit)
+    }
+
+    /// [`Endpoint::receive`], going on from what another path brought:
+    /// [`Partial::prepare`] has said what the sender is to be asked for.
+    pub async fn resume_receive(
+        &self,
+        session: SessionId,
+        into: Lease,
+        partial: Box<Partial<Incoming>>,
+    ) -> Result<(TransferId, Transfer), FailReason> {
+        let permit = self.permit().await;
+        self.start_receive(session, into, Some(partial), permit)
     }
 
     /// Sends `from` as the transfer the peer granted under `transfer`.
@@ -198,7 +215,20 @@ impl Endpoint {
         from: Lease,
     ) -> Result<Transfer, FailReason> {
         let permit = self.permit().await;
-        self.start_send(session, transfer, from, permit)
+        self.start_send(session, transfer, from, None, permit)
+    }
+
+    /// [`Endpoint::send`], going on from what another path carried:
+    /// [`Partial::prepare`] was told what the receiver lacks.
+    pub async fn resume_send(
+        &self,
+        session: SessionId,
+        transfer: TransferId,
+        from: Lease,
+        partial: Box<Partial<Outgoing>>,
+    ) -> Result<Transfer, FailReason> {
+        let permit = self.permit().await;
+        self.start_send(session, transfer, from, Some(partial), permit)
     }
 
     /// [`Endpoint::receive`], refused where it would wait.
@@ -208,7 +238,7 @@ impl Endpoint {
         into: Lease,
     ) -> Result<Result<(TransferId, Transfer), FailReason>, Full<Lease>> {
         match Arc::clone(&self.shared.permits).try_acquire_owned() {
-            Ok(permit) => Ok(self.start_receive(session, into, permit)),
+            Ok(permit) => Ok(self.start_receive(session, into, None, permit)),
             Err(_) => Err(Full(into)),
         }
     }
@@ -221,7 +251,7 @@ impl Endpoint {
         from: Lease,
     ) -> Result<Result<Transfer, FailReason>, Full<Lease>> {
         match Arc::clone(&self.shared.permits).try_acquire_owned() {
-            Ok(permit) => Ok(self.start_send(session, transfer, from, permit)),
+            Ok(permit) => Ok(self.start_send(session, transfer, from, None, permit)),
             Err(_) => Err(Full(from)),
         }
     }
@@ -242,6 +272,7 @@ impl Endpoint {
         &self,
         session: SessionId,
         into: Lease,
+        resume: Option<Box<Partial<Incoming>>>,
         permit: OwnedSemaphorePermit,
     ) -> Result<(TransferId, Transfer), FailReason> {
         if !into.region().is_writable() {
@@ -265,6 +296,7 @@ impl Endpoint {
             session,
             transfer,
             into,
+            resume,
         };
         self.begin(operation, command)?;
         Ok((transfer, self.transfer(answered, session, transfer, false)))
@@ -275,6 +307,7 @@ impl Endpoint {
         session: SessionId,
         transfer: TransferId,
         from: Lease,
+        resume: Option<Box<Partial<Outgoing>>>,
         permit: OwnedSemaphorePermit,
     ) -> Result<Transfer, FailReason> {
         let (answer, answered) = oneshot::channel();
@@ -290,6 +323,7 @@ impl Endpoint {
                 session,
                 transfer,
                 from,
+                resume,
             },
         )?;
         Ok(self.transfer(answered, session, transfer, true))
@@ -297,7 +331,7 @@ impl Endpoint {
 
     fn transfer(
         &self,
-        answer: oneshot::Receiver<Result<Receipt, FailReason>>,
+        answer: oneshot::Receiver<Answer>,
         session: SessionId,
         transfer: TransferId,
         outgoing: bool,
@@ -309,6 +343,7 @@ impl Endpoint {
             transfer,
             outgoing,
             done: false,
+            interrupted: None,
         }
     }
 
@@ -409,17 +444,28 @@ impl Completions {
                 }
             }
             Completion::Transferred { operation, result } => {
-                let waiting = lock(&self.shared.waiting).remove(&operation);
-                if let Some(waiting) = waiting {
-                    self.shared.give_back_slot(&waiting);
-                    if let Waiting::Transfer { answer, .. } = waiting {
-                        let _ = answer.send(result);
-                    }
-                }
+                self.answer(operation, (result, None));
             }
+            Completion::Interrupted {
+                operation,
+                reason,
+                partial,
+            } => self.answer(operation, (Err(reason), Some(partial))),
             Completion::Lost { session, reason } => {
                 lock(&self.shared.sessions).remove(&session);
                 let _ = self.lost.send(Lost { session, reason });
+            }
+        }
+    }
+}
+
+impl Completions {
+    fn answer(&self, operation: OperationId, with: Answer) {
+        let waiting = lock(&self.shared.waiting).remove(&operation);
+        if let Some(waiting) = waiting {
+            self.shared.give_back_slot(&waiting);
+            if let Waiting::Transfer { answer, .. } = waiting {
+                let _ = answer.send(with);
             }
         }
     }
@@ -450,7 +496,7 @@ impl Shared {
             match waiting {
                 Waiting::Open(answer) => drop(answer.send(Err(OpenError::Stopped))),
                 Waiting::Transfer { answer, .. } => {
-                    drop(answer.send(Err(FailReason::Stopped)));
+                    drop(answer.send((Err(FailReason::Stopped), None)));
                 }
             }
         }
@@ -478,7 +524,15 @@ impl Transfer {
         self.done = true;
         let (_, unused) = oneshot::channel();
         let answer = std::mem::replace(&mut self.answer, unused);
-        answer.blocking_recv().unwrap_or(Err(FailReason::Stopped))
+        answer
+            .blocking_recv()
+            .map_or(Err(FailReason::Stopped), |(result, _)| result)
+    }
+
+    /// What had moved, of a transfer that has resolved to a failure because its
+    /// session ended; once. The engine holds its lease no more.
+    pub fn take_interrupted(&mut self) -> Option<Interrupted> {
+        self.interrupted.take().map(|interrupted| *interrupted)
     }
 }
 
@@ -488,7 +542,9 @@ impl Future for Transfer {
     fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
         let answer = std::task::ready!(Pin::new(&mut self.answer).poll(context));
         self.done = true;
-        Poll::Ready(answer.unwrap_or(Err(FailReason::Stopped)))
+        let (result, interrupted) = answer.unwrap_or((Err(FailReason::Stopped), None));
+        self.interrupted = interrupted;
+        Poll::Ready(result)
     }
 }
 

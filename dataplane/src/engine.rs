@@ -11,10 +11,12 @@ pub mod command;
 pub mod frame;
 mod idle;
 pub mod link;
+pub mod partial;
 pub mod ring;
 pub mod status;
 pub mod udp;
 
 pub use command::{Command, Completion, FailReason, OpenError, OperationId, Receipt, Remote};
+pub use partial::{Cost, Interrupted, Partial};
 pub use ring::{Full, Outbox, Receiver, Sender};
 pub use status::{SessionSnapshot, Snapshot, Status};

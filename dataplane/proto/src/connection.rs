@@ -17,7 +17,7 @@ use arrayvec::ArrayVec;
 use crate::congestion::Controller;
 use crate::id::{Segment, SessionId, TransferId};
 use crate::time::Time;
-use crate::transfer::LEN_MAX;
+use crate::transfer::{Incoming, LEN_MAX, Outgoing};
 use crate::wire::{CONTROL_MAX, DoneAck, HEADER_LEN, Scope};
 
 mod config;
@@ -196,16 +196,45 @@ impl Connection {
     /// Expects a transfer of exactly `len` bytes, before the peer learns of `id`:
     /// data that comes earlier is dropped and has to be sent again.
     pub fn receive(&mut self, id: TransferId, len: u64) -> Result<(), TransferError> {
+        let incoming = Incoming::new(len).map_err(|_| TransferError::TooLong(len))?;
+        self.resume_receive(id, incoming)
+    }
+
+    /// [`Connection::receive`], going on from what another path brought. Of a
+    /// transfer with bytes at least one must be missing, or its end is never said.
+    pub fn resume_receive(
+        &mut self,
+        id: TransferId,
+        incoming: Incoming,
+    ) -> Result<(), TransferError> {
         self.check_open()?;
-        self.receiving.grant(id, len, self.config.slots_max)
+        self.receiving.grant(id, incoming, self.config.slots_max)
     }
 
     /// Sends a transfer of exactly `len` bytes that the peer granted as `id`.
     pub fn send(&mut self, id: TransferId, len: u64) -> Result<(), TransferError> {
+        self.resume_send(id, Outgoing::new(len))
+    }
+
+    /// [`Connection::send`], going on from what another path carried:
+    /// [`Outgoing::resume`] has been told what the receiver lacks.
+    pub fn resume_send(&mut self, id: TransferId, outgoing: Outgoing) -> Result<(), TransferError> {
         self.check_open()?;
-        let replaced = self.sending.begin(id, len, self.config.slots_max)?;
+        let replaced = self.sending.begin(id, outgoing, self.config.slots_max)?;
         self.events.extend(replaced);
         Ok(())
+    }
+
+    /// What had moved of an incoming transfer that failed because the whole
+    /// connection ended; once.
+    pub fn take_incoming(&mut self, id: TransferId) -> Option<Incoming> {
+        self.receiving.take_interrupted(id)
+    }
+
+    /// What had moved of an outgoing transfer that failed because the whole
+    /// connection ended, and how many segments were sent more than once; once.
+    pub fn take_outgoing(&mut self, id: TransferId) -> Option<(Outgoing, u64)> {
+        self.sending.take_interrupted(id)
     }
 
     /// Gives a transfer up, if it is under way: it fails as

@@ -4,9 +4,10 @@
 
 use std::time::Duration;
 
-use genie_proto::{Digest, SessionId, TransferId};
+use genie_proto::{Digest, Incoming, Outgoing, SessionId, TransferId};
 use serde::{Deserialize, Serialize};
 
+use super::{Interrupted, Partial};
 use crate::ledger::Copies;
 use crate::memory::Lease;
 
@@ -36,6 +37,8 @@ pub enum Command {
         transfer: TransferId,
         /// Destination.
         into: Lease,
+        /// What another path brought of it, prepared to go on.
+        resume: Option<Box<Partial<Incoming>>>,
     },
     /// Send `from` as the transfer the peer granted.
     Send {
@@ -47,6 +50,8 @@ pub enum Command {
         transfer: TransferId,
         /// Source.
         from: Lease,
+        /// What another path carried of it, prepared to go on.
+        resume: Option<Box<Partial<Outgoing>>>,
     },
     /// Give a transfer up; it completes with [`FailReason::Cancelled`] unless it was done.
     Cancel {
@@ -91,6 +96,17 @@ pub enum Completion {
         operation: OperationId,
         /// What was moved and verified, or why not.
         result: Result<Receipt, FailReason>,
+    },
+    /// A transfer ended because its session did, and may go on in another.
+    /// After this the engine holds no lease for it, and no frame that is still
+    /// on its way can reach its memory.
+    Interrupted {
+        /// Which command.
+        operation: OperationId,
+        /// Why the session ended.
+        reason: FailReason,
+        /// What has moved.
+        partial: Box<Interrupted>,
     },
     /// A session ended that nobody asked to close; its transfers have failed.
     Lost {

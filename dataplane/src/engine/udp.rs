@@ -284,8 +284,11 @@ impl<D: Device> Engine<D> {
                 session,
                 transfer,
                 into,
+                resume,
             } => match core.sessions.get_mut(&session) {
-                Some(session) => session.receive(operation, transfer, into, &mut core.outbox),
+                Some(session) => {
+                    session.receive(operation, transfer, into, resume, &mut core.outbox);
+                }
                 None => core.refuse(operation, FailReason::Closed),
             },
             Command::Send {
@@ -293,9 +296,10 @@ impl<D: Device> Engine<D> {
                 session,
                 transfer,
                 from,
+                resume,
             } => match core.sessions.get_mut(&session) {
                 Some(session) => {
-                    session.send(operation, transfer, from, device, &mut core.outbox);
+                    session.send(operation, transfer, from, resume, device, &mut core.outbox);
                 }
                 None => core.refuse(operation, FailReason::Closed),
             },

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use genie_proto::SessionId;
 
 use super::Config;
-use crate::engine::{Completion, FailReason, OperationId, Outbox};
+use crate::engine::{Completion, FailReason, Interrupted, OperationId, Outbox};
 use crate::ledger::Copies;
 
 /// The clock, the answers' way out and the counters; one for an engine.
@@ -70,6 +70,20 @@ impl Context {
         self.completions.push(Completion::Transferred {
             operation,
             result: Err(reason),
+        });
+    }
+
+    /// Answers an operation whose session ended, with what has moved.
+    pub(crate) fn interrupt(
+        &mut self,
+        operation: OperationId,
+        reason: &FailReason,
+        partial: Interrupted,
+    ) {
+        self.completions.push(Completion::Interrupted {
+            operation,
+            reason: reason.clone(),
+            partial: Box::new(partial),
         });
     }
 

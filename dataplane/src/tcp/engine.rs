@@ -143,9 +143,10 @@ impl Engine {
                 session,
                 transfer,
                 into,
+                resume,
             } => match self.sessions.get_mut(&session) {
                 Some(session) => {
-                    session.receive(operation, transfer, into, &mut self.context);
+                    session.receive(operation, transfer, into, resume, &mut self.context);
                 }
                 None => self.no_such_session(operation, into),
             },
@@ -154,9 +155,12 @@ impl Engine {
                 session,
                 transfer,
                 from,
+                resume,
             } => {
                 match self.sessions.get_mut(&session) {
-                    Some(session) => session.send(operation, transfer, from, &mut self.context),
+                    Some(session) => {
+                        session.send(operation, transfer, from, resume, &mut self.context);
+                    }
                     None => self.no_such_session(operation, from),
                 }
                 self.touch(session);

@@ -25,8 +25,9 @@ use super::socket;
 use super::stream::{Greeting, Stage, Stream};
 use super::transfers::{Incoming, Outgoing};
 use super::{Remote, Role, STREAMS_MAX};
-use crate::engine::{Completion, FailReason, OpenError, OperationId, Receipt, SessionSnapshot};
-use crate::ledger::Copies;
+use crate::engine::{
+    Completion, Cost, FailReason, OpenError, OperationId, Partial, Receipt, SessionSnapshot,
+};
 use crate::memory::Lease;
 
 /// Transfers given up whose reason is remembered.
@@ -218,6 +219,7 @@ impl Session {
         operation: OperationId,
         transfer: TransferId,
         into: Lease,
+        resume: Option<Box<Partial<genie_proto::Incoming>>>,
         context: &mut Context,
     ) {
         self.moved_at = context.now;
@@ -225,22 +227,10 @@ impl Session {
             drop(into);
             return context.fail(operation, refused("the id is in use"));
         }
-        let applied = match genie_proto::transfer::Incoming::new(into.len() as u64) {
-            Ok(applied) => applied,
-            Err(error) => {
-                drop(into);
-                return context.fail(operation, refused(&error.to_string()));
-            }
-        };
-        self.incoming.insert(
-            transfer,
-            Incoming {
-                operation,
-                into,
-                applied,
-                done: None,
-            },
-        );
+        match Incoming::new(operation, into, resume) {
+            Ok(incoming) => drop(self.incoming.insert(transfer, incoming)),
+            Err(error) => context.fail(operation, refused(&error.to_string())),
+        }
     }
 
     /// Sends a transfer, from the next [`Session::write_all`] on.
@@ -249,6 +239,7 @@ impl Session {
         operation: OperationId,
         transfer: TransferId,
         from: Lease,
+        resume: Option<Box<Partial<genie_proto::Outgoing>>>,
         context: &mut Context,
     ) {
         self.moved_at = context.now;
@@ -257,7 +248,7 @@ impl Session {
             return context.fail(operation, refused("the id is in use"));
         }
         self.outgoing
-            .insert(transfer, Outgoing::new(operation, from));
+            .insert(transfer, Outgoing::new(operation, from, resume));
         self.sendable.push_back(transfer);
     }
 
@@ -368,18 +359,17 @@ impl Session {
     pub(crate) fn end(mut self, ended: Ended, context: &mut Context) -> bool {
         // First the sockets and what they hold of tensors, then the answers.
         self.streams.clear();
-        let transfers = self
-            .incoming
-            .drain()
-            .map(|(_, transfer)| (transfer.operation, ended.reason.clone()))
-            .chain(self.outgoing.drain().map(|(_, transfer)| {
-                (
-                    transfer.operation,
-                    transfer.failed.unwrap_or_else(|| ended.reason.clone()),
-                )
-            }));
-        for (operation, reason) in transfers {
-            context.fail(operation, reason);
+        for (_, transfer) in self.incoming.drain() {
+            context.interrupt(transfer.operation, &ended.reason, transfer.into_partial());
+        }
+        for (_, mut transfer) in self.outgoing.drain() {
+            match transfer.failed.take() {
+                Some(reason) => context.fail(transfer.operation, reason),
+                None => {
+                    let operation = transfer.operation;
+                    context.interrupt(operation, &ended.reason, transfer.into_partial());
+                }
+            }
         }
         let Some(opening) = self.opening else {
             return true;
@@ -529,17 +519,11 @@ fn lost_connection(error: &io::Error) -> Ended {
     FailReason::PathLost(format!("a connection to the peer failed: {error}")).into()
 }
 
-fn receipt(bytes: u64, digest: genie_proto::Digest) -> Receipt {
-    // The kernel copied each byte once at this end, between the tensor and its buffers.
-    let copies = Copies {
-        genie: 0,
-        driver: 0,
-        kernel: bytes,
-    };
+fn receipt(bytes: u64, digest: genie_proto::Digest, cost: Cost) -> Receipt {
     Receipt {
         bytes,
         digest,
-        retransmits: 0,
-        copies,
+        retransmits: cost.retransmits,
+        copies: cost.copies,
     }
 }

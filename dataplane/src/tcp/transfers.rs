@@ -5,9 +5,11 @@
 use std::ops::Range;
 
 use genie_proto::Digest;
+use genie_proto::transfer::OutOfMemory;
 
 use super::frame::CHUNK_MAX;
-use crate::engine::{FailReason, OperationId};
+use crate::engine::{Cost, FailReason, Interrupted, OperationId, Partial};
+use crate::ledger::Copies;
 use crate::memory::Lease;
 
 /// A transfer that we receive.
@@ -21,6 +23,16 @@ pub(crate) struct Incoming {
     pub(crate) applied: genie_proto::transfer::Incoming,
     /// What we said in DONE; from then on the sender's verdict is awaited.
     pub(crate) done: Option<Digest>,
+    before: Before,
+}
+
+/// What was so when this path took a transfer over.
+#[derive(Clone, Copy, Debug, Default)]
+struct Before {
+    /// Bytes that had moved.
+    bytes: u64,
+    /// What that had taken.
+    cost: Cost,
 }
 
 /// A transfer that we send.
@@ -35,6 +47,7 @@ pub(crate) struct Outgoing {
     /// Why it failed, while chunks are still being written.
     pub(crate) failed: Option<FailReason>,
     sent: genie_proto::transfer::Outgoing,
+    before: Before,
     /// The one chunk of a tensor of zero bytes is still to be sent.
     empty: bool,
 }
@@ -48,19 +61,97 @@ pub(crate) struct NextChunk {
     pub(crate) crc: u32,
 }
 
+impl Before {
+    /// What `bytes` that moved in all have taken: here the kernel copied each
+    /// once at this end, between the tensor and its buffers.
+    fn cost(self, bytes: u64) -> Cost {
+        let copies = Copies {
+            kernel: bytes.saturating_sub(self.bytes),
+            ..Copies::default()
+        };
+        self.cost.plus(Cost {
+            retransmits: 0,
+            copies,
+        })
+    }
+}
+
+impl Incoming {
+    /// A transfer of which nothing has arrived, or what another path brought.
+    pub(crate) fn new(
+        operation: OperationId,
+        into: Lease,
+        resume: Option<Box<Partial<genie_proto::Incoming>>>,
+    ) -> Result<Self, OutOfMemory> {
+        let (applied, cost) = match resume {
+            None => (
+                genie_proto::Incoming::new(into.len() as u64)?,
+                Cost::default(),
+            ),
+            Some(partial) => (partial.moved, partial.cost),
+        };
+        let bytes = applied.bytes_applied();
+        Ok(Self {
+            operation,
+            into,
+            applied,
+            done: None,
+            before: Before { bytes, cost },
+        })
+    }
+
+    /// What it took so far, on all paths.
+    pub(crate) fn cost(&self) -> Cost {
+        self.before.cost(self.applied.bytes_applied())
+    }
+
+    /// What has moved; gives the lease back.
+    pub(crate) fn into_partial(self) -> Interrupted {
+        let cost = self.cost();
+        let moved = self.applied;
+        Interrupted::Incoming(Partial { moved, cost })
+    }
+}
+
 impl Outgoing {
-    /// A transfer of which nothing is sent.
-    pub(crate) fn new(operation: OperationId, from: Lease) -> Self {
-        let sent = genie_proto::transfer::Outgoing::new(from.len() as u64);
+    /// A transfer of which nothing is sent, or what another path carried.
+    pub(crate) fn new(
+        operation: OperationId,
+        from: Lease,
+        resume: Option<Box<Partial<genie_proto::Outgoing>>>,
+    ) -> Self {
+        let (sent, cost) = match resume {
+            None => (
+                genie_proto::Outgoing::new(from.len() as u64),
+                Cost::default(),
+            ),
+            Some(partial) => (partial.moved, partial.cost),
+        };
         let empty = from.is_empty();
+        let bytes = sent.bytes_acked();
         Self {
             operation,
             from,
             writing: 0,
             failed: None,
             sent,
+            before: Before { bytes, cost },
             empty,
         }
+    }
+
+    /// What it took so far, on all paths. Chunks that a connection has begun
+    /// to write count whole.
+    pub(crate) fn cost(&self) -> Cost {
+        let unsent = self.sent.bytes_unsent() + self.sent.bytes_again();
+        self.before.cost(self.sent.len() - unsent)
+    }
+
+    /// What has moved; gives the lease back.
+    pub(crate) fn into_partial(self) -> Interrupted {
+        let cost = self.cost();
+        let moved = self.sent;
+        Interrupted::Outgoing(Partial { moved, cost })
     }
 
     /// The next chunk; a tensor of zero bytes has one, of zero bytes.
@@ -74,7 +165,9 @@ impl Outgoing {
         let piece = self.sent.next(u64::from(CHUNK_MAX))?;
         let range = piece.offset as usize..(piece.offset + piece.len) as usize;
         let crc = self.from.crc32c(range.clone());
-        self.sent.record(piece, crc);
+        if piece.first {
+            self.sent.record(piece, crc);
+        }
         Some(NextChunk { range, crc })
     }
 

@@ -3,4 +3,5 @@
 mod defects;
 mod faults;
 mod harness;
+mod resume;
 mod transfers;

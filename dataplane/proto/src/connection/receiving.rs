@@ -1,5 +1,7 @@
 //! The transfers that a connection receives.
 
+use std::collections::HashMap;
+
 use super::event::{Event, FailReason};
 use super::stats::DropCause;
 use super::{TransferError, events_of};
@@ -22,6 +24,8 @@ const STRIKES_MAX: u8 = 8;
 pub(super) struct Receiving {
     slots: Vec<Slot>,
     active: u64,
+    /// What had moved of the transfers that failed with the connection.
+    interrupted: HashMap<TransferId, Incoming>,
 }
 
 #[derive(Debug, Default)]
@@ -68,7 +72,7 @@ impl Receiving {
     pub(super) fn grant(
         &mut self,
         id: TransferId,
-        len: u64,
+        incoming: Incoming,
         slots_max: u32,
     ) -> Result<(), TransferError> {
         if id.slot >= slots_max {
@@ -91,7 +95,6 @@ impl Receiving {
                 last: slot.generation,
             });
         }
-        let incoming = Incoming::new(len).map_err(|_| TransferError::TooLong(len))?;
         slot.generation = id.generation;
         slot.used = true;
         slot.active = Some(Box::new(Active {
@@ -192,20 +195,26 @@ impl Receiving {
         })
     }
 
-    /// Ends every transfer.
+    /// Ends every transfer; [`Receiving::take_interrupted`] has what had moved.
     pub(super) fn fail_all(&mut self, reason: FailReason) -> impl Iterator<Item = Event> + '_ {
         self.active = 0;
+        let interrupted = &mut self.interrupted;
         self.slots
             .iter_mut()
             .enumerate()
             .filter_map(move |(at, slot)| {
-                slot.active.take()?;
+                let active = slot.active.take()?;
                 let id = TransferId {
                     slot: at as u32,
                     generation: slot.generation,
                 };
+                interrupted.insert(id, active.incoming);
                 Some(events_of(id, false, reason))
             })
+    }
+
+    pub(super) fn take_interrupted(&mut self, id: TransferId) -> Option<Incoming> {
+        self.interrupted.remove(&id)
     }
 
     fn find(&mut self, id: TransferId) -> Option<&mut Active> {

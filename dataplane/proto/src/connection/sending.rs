@@ -26,6 +26,8 @@ pub(super) struct Sending {
     vacant: Vec<u32>,
     ready: VecDeque<u32>,
     turn: u32,
+    /// What had moved of the transfers that failed with the connection.
+    interrupted: HashMap<TransferId, (Outgoing, u64)>,
 }
 
 #[derive(Debug)]
@@ -89,9 +91,10 @@ impl Sending {
     pub(super) fn begin(
         &mut self,
         id: TransferId,
-        len: u64,
+        outgoing: Outgoing,
         slots_max: u32,
     ) -> Result<Option<Event>, TransferError> {
+        let len = outgoing.len();
         if id.slot >= slots_max {
             return Err(TransferError::SlotOutOfRange {
                 slot: id.slot,
@@ -115,7 +118,7 @@ impl Sending {
         }
         let active = Active {
             id,
-            outgoing: Outgoing::new(len),
+            outgoing,
             retransmits: 0,
             queued: true,
             empty: len == 0,
@@ -264,16 +267,21 @@ impl Sending {
         Some(events_of(id, true, reason))
     }
 
-    /// Gives every transfer up.
+    /// Gives every transfer up; [`Sending::take_interrupted`] has what had moved.
     pub(super) fn fail_all(&mut self, reason: FailReason) -> impl Iterator<Item = Event> + '_ {
         self.slots.clear();
         self.ready.clear();
         self.vacant.clear();
         self.count = 0;
-        self.active
-            .drain(..)
-            .flatten()
-            .map(move |active| events_of(active.id, true, reason))
+        let interrupted = &mut self.interrupted;
+        self.active.drain(..).flatten().map(move |active| {
+            interrupted.insert(active.id, (active.outgoing, active.retransmits));
+            events_of(active.id, true, reason)
+        })
+    }
+
+    pub(super) fn take_interrupted(&mut self, id: TransferId) -> Option<(Outgoing, u64)> {
+        self.interrupted.remove(&id)
     }
 
     fn remove(&mut self, index: u32, id: TransferId, state: State) {

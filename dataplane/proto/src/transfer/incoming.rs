@@ -139,6 +139,35 @@ impl Incoming {
         self.digest.add(offset, len, crc);
     }
 
+    /// Takes back a range of which every byte is applied: it is missing again.
+    /// `crc` is the CRC32C of its bytes as they were applied.
+    ///
+    /// For transfers that another path goes on with: one that is complete but
+    /// not confirmed needs something to be sent again, and one with too many
+    /// gaps to list needs fewer.
+    pub fn retract(&mut self, range: Range<u64>, crc: u32) {
+        let len = range.end - range.start;
+        debug_assert_eq!(self.check(range.start, len), Check::Duplicate);
+        for (word, mask) in words(range.start, range.end) {
+            self.bitmap[word] &= !mask;
+        }
+        self.applied -= len;
+        // A CRC is linear: what is added twice cancels out.
+        self.digest.add(range.start, len, crc);
+    }
+
+    /// The byte ranges applied, ascending and not adjacent.
+    pub fn applied(&self) -> impl Iterator<Item = Range<u64>> + '_ {
+        let granules = self.len.div_ceil(GRANULE);
+        let mut at = 0;
+        std::iter::from_fn(move || {
+            let start = self.find(at, granules, true)?;
+            let end = self.find(start, granules, false).unwrap_or(granules);
+            at = end;
+            Some(start * GRANULE..(end * GRANULE).min(self.len))
+        })
+    }
+
     /// The byte ranges not applied yet, ascending and not adjacent.
     pub fn missing(&self) -> impl Iterator<Item = Range<u64>> + '_ {
         let granules = self.len.div_ceil(GRANULE);
@@ -215,6 +244,35 @@ mod tests {
         assert_eq!(incoming.check(64, 64), Check::Duplicate);
         assert_eq!(incoming.check(0, 128), Check::Refused(Refusal::Overlap));
         assert_eq!(incoming.missing().collect::<Vec<_>>(), [0..64, 128..1000]);
+    }
+
+    #[test]
+    fn what_is_taken_back_is_missing_and_no_longer_in_the_digest() {
+        let data: Vec<u8> = (0..1000).map(|i| (i * 7) as u8).collect();
+        let crc =
+            |range: Range<u64>| crc32c::crc32c(&data[range.start as usize..range.end as usize]);
+        let mut incoming = Incoming::new(1000).unwrap();
+        for range in [0..256, 512..1000, 256..512] {
+            incoming.apply(range.start, range.end - range.start, crc(range));
+        }
+        assert!(incoming.is_complete());
+        for range in [960..1000, 128..320] {
+            incoming.retract(range.clone(), crc(range));
+        }
+        assert_eq!(
+            incoming.missing().collect::<Vec<_>>(),
+            [128..320, 960..1000]
+        );
+        assert_eq!(incoming.applied().collect::<Vec<_>>(), [0..128, 320..960]);
+        assert_eq!(incoming.bytes_applied(), 1000 - 192 - 40);
+        for range in [960..1000, 128..320] {
+            assert_eq!(
+                incoming.check(range.start, range.end - range.start),
+                Check::Fresh
+            );
+            incoming.apply(range.start, range.end - range.start, crc(range));
+        }
+        assert_eq!(incoming.digest(), Digest(crc32c::crc32c(&data)));
     }
 
     #[test]

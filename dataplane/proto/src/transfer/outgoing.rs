@@ -60,6 +60,17 @@ impl Outgoing {
         }
     }
 
+    /// A transfer that was sent whole, and whose bytes have this digest. With
+    /// [`Outgoing::resume`] it goes on where nothing else is known of it.
+    pub fn sent(len: u64, digest: Digest) -> Self {
+        let mut sent = Self::new(len);
+        sent.fresh = len;
+        sent.acked = len;
+        sent.digested = len;
+        sent.digest.add(0, len, digest.0);
+        sent
+    }
+
     /// Its length in bytes.
     pub fn len(&self) -> u64 {
         self.len
@@ -273,6 +284,15 @@ mod tests {
             pieces,
             [(128, 128, false), (384, 128, false), (512, 488, true)]
         );
+        let mut whole = Outgoing::sent(1000, Digest(7));
+        whole.resume(std::iter::once(960..1000)).unwrap();
+        let piece = Piece {
+            offset: 960,
+            len: 40,
+            first: false,
+        };
+        assert_eq!((whole.next(10_000), whole.next(64)), (Some(piece), None));
+        assert_eq!(whole.digest(), Some(Digest(7)));
         for bad in [1..64, 0..63, 64..64, 0..1024] {
             assert!(outgoing.resume([bad].into_iter()).is_err());
         }

@@ -20,7 +20,8 @@ use crate::device::{AttachError, Attachment, Capabilities, Device, Payload, TxFr
 use crate::engine::frame::{self, End, Flow, Head};
 use crate::engine::link::Link;
 use crate::engine::{
-    Completion, FailReason, OpenError, OperationId, Outbox, Receipt, SessionSnapshot,
+    Completion, Cost, FailReason, Interrupted, OpenError, OperationId, Outbox, Partial, Receipt,
+    SessionSnapshot,
 };
 use crate::ledger::Copies;
 use crate::memory::{Lease, View};
@@ -94,6 +95,8 @@ struct Incoming {
     into: Lease,
     /// Bytes copied out of packets, bad ones included.
     placed: u64,
+    /// What it took on other paths.
+    before: Cost,
 }
 
 struct Outgoing {
@@ -102,6 +105,8 @@ struct Outgoing {
     attachment: Attachment,
     /// Bytes handed to the device, repeated ones included.
     handed: u64,
+    /// What it took on other paths.
+    before: Cost,
 }
 
 /// A transfer that ended while frames may still refer to its memory.
@@ -109,6 +114,8 @@ struct Detaching {
     attachment: Attachment,
     operation: OperationId,
     result: Result<Receipt, FailReason>,
+    /// What had moved, if the session ended.
+    partial: Option<Box<Interrupted>>,
 }
 
 /// Who copies on this device, per direction.
@@ -117,6 +124,26 @@ pub(super) struct Copying {
     genie_tx: bool,
     driver_tx: bool,
     driver_rx: bool,
+}
+
+impl Incoming {
+    /// What it took so far, on all paths.
+    fn cost(&self, copying: Copying) -> Cost {
+        self.before.plus(Cost {
+            retransmits: 0,
+            copies: copying.received(self.placed),
+        })
+    }
+}
+
+impl Outgoing {
+    /// What it took so far, on all paths; `retransmits` on this one.
+    fn cost(&self, copying: Copying, retransmits: u64) -> Cost {
+        self.before.plus(Cost {
+            retransmits,
+            copies: copying.sent(self.handed),
+        })
+    }
 }
 
 impl Copying {
@@ -193,9 +220,15 @@ impl Session {
         operation: OperationId,
         transfer: TransferId,
         into: Lease,
+        resume: Option<Box<Partial<genie_proto::Incoming>>>,
         outbox: &mut Outbox<Completion>,
     ) {
-        match self.connection.receive(transfer, into.len() as u64) {
+        let before = resume.as_ref().map(|partial| partial.cost);
+        let begun = match resume {
+            None => self.connection.receive(transfer, into.len() as u64),
+            Some(partial) => self.connection.resume_receive(transfer, partial.moved),
+        };
+        match begun {
             Ok(()) => {
                 self.incoming.insert(
                     transfer,
@@ -203,6 +236,7 @@ impl Session {
                         operation,
                         into,
                         placed: 0,
+                        before: before.unwrap_or_default(),
                     },
                 );
             }
@@ -218,6 +252,7 @@ impl Session {
         operation: OperationId,
         transfer: TransferId,
         from: Lease,
+        resume: Option<Box<Partial<genie_proto::Outgoing>>>,
         device: &mut dyn Device,
         outbox: &mut Outbox<Completion>,
     ) {
@@ -228,13 +263,19 @@ impl Session {
                 return refuse(operation, error.to_string(), outbox);
             }
         };
-        match self.connection.send(transfer, from.len() as u64) {
+        let before = resume.as_ref().map(|partial| partial.cost);
+        let begun = match resume {
+            None => self.connection.send(transfer, from.len() as u64),
+            Some(partial) => self.connection.resume_send(transfer, partial.moved),
+        };
+        match begun {
             Ok(()) => {
                 let outgoing = Outgoing {
                     operation,
                     from,
                     attachment,
                     handed: 0,
+                    before: before.unwrap_or_default(),
                 };
                 self.outgoing.insert(transfer, outgoing);
             }
@@ -244,6 +285,7 @@ impl Session {
                     attachment,
                     operation,
                     result,
+                    partial: None,
                 });
             }
         }
@@ -380,11 +422,12 @@ impl Session {
                 } => {
                     totals.received_bytes += len;
                     self.received(transfer, outbox, |incoming| {
+                        let cost = incoming.cost(copying);
                         Ok(Receipt {
                             bytes: len,
                             digest,
-                            retransmits: 0,
-                            copies: copying.received(incoming.placed),
+                            retransmits: cost.retransmits,
+                            copies: cost.copies,
                         })
                     });
                 }
@@ -395,12 +438,13 @@ impl Session {
                     retransmits,
                 } => {
                     totals.sent_bytes += len;
-                    self.sent(transfer, |outgoing| {
+                    self.sent(transfer, None, |outgoing| {
+                        let cost = outgoing.cost(copying, retransmits);
                         Ok(Receipt {
                             bytes: len,
                             digest,
-                            retransmits,
-                            copies: copying.sent(outgoing.handed),
+                            retransmits: cost.retransmits,
+                            copies: cost.copies,
                         })
                     });
                 }
@@ -409,15 +453,19 @@ impl Session {
                     outgoing: true,
                     reason,
                 } => {
-                    self.sent(transfer, |_| Err(fail_reason(reason)));
+                    let partial = self.partial_outgoing(transfer, copying);
+                    self.sent(transfer, partial, |_| Err(fail_reason(reason)));
                 }
                 Event::Failed {
                     transfer,
                     outgoing: false,
                     reason,
-                } => {
-                    self.received(transfer, outbox, |_| Err(fail_reason(reason)));
-                }
+                } => match self.partial_incoming(transfer, copying) {
+                    Some(partial) => {
+                        self.interrupted(transfer, partial, fail_reason(reason), outbox);
+                    }
+                    None => self.received(transfer, outbox, |_| Err(fail_reason(reason))),
+                },
                 Event::PathValidated { rtt } => self.opened(rtt, outbox),
                 Event::PathLost { reason } => {
                     self.end(now, FailReason::PathLost(reason.to_string()), outbox);
@@ -443,9 +491,52 @@ impl Session {
         }
     }
 
+    /// What had moved of a transfer that failed with the connection.
+    fn partial_incoming(
+        &mut self,
+        transfer: TransferId,
+        copying: Copying,
+    ) -> Option<Box<Interrupted>> {
+        let moved = self.connection.take_incoming(transfer)?;
+        let cost = self.incoming.get(&transfer)?.cost(copying);
+        Some(Box::new(Interrupted::Incoming(Partial { moved, cost })))
+    }
+
+    /// What had moved of a transfer that failed with the connection.
+    fn partial_outgoing(
+        &mut self,
+        transfer: TransferId,
+        copying: Copying,
+    ) -> Option<Box<Interrupted>> {
+        let (moved, retransmits) = self.connection.take_outgoing(transfer)?;
+        let cost = self.outgoing.get(&transfer)?.cost(copying, retransmits);
+        Some(Box::new(Interrupted::Outgoing(Partial { moved, cost })))
+    }
+
+    /// The protocol places nothing any more once the connection has ended, so
+    /// when the lease is dropped nothing can reach its memory.
+    fn interrupted(
+        &mut self,
+        transfer: TransferId,
+        partial: Box<Interrupted>,
+        reason: FailReason,
+        outbox: &mut Outbox<Completion>,
+    ) {
+        if let Some(incoming) = self.incoming.remove(&transfer) {
+            let operation = incoming.operation;
+            drop(incoming);
+            outbox.push(Completion::Interrupted {
+                operation,
+                reason,
+                partial,
+            });
+        }
+    }
+
     fn sent(
         &mut self,
         transfer: TransferId,
+        partial: Option<Box<Interrupted>>,
         result: impl FnOnce(&Outgoing) -> Result<Receipt, FailReason>,
     ) {
         if let Some(outgoing) = self.outgoing.remove(&transfer) {
@@ -459,6 +550,7 @@ impl Session {
                 attachment,
                 operation,
                 result,
+                partial,
             });
         }
     }
@@ -554,6 +646,7 @@ impl Session {
                 attachment,
                 operation,
                 result: Err(reason.clone()),
+                partial: None,
             });
         }
     }
@@ -571,13 +664,19 @@ impl Session {
                  attachment,
                  operation,
                  result,
+                 partial,
              }| {
                 let gone = device.detach(*attachment);
                 if gone {
+                    let operation = *operation;
                     let result = std::mem::replace(result, Err(FailReason::Closed));
-                    outbox.push(Completion::Transferred {
-                        operation: *operation,
-                        result,
+                    outbox.push(match (result, partial.take()) {
+                        (Err(reason), Some(partial)) => Completion::Interrupted {
+                            operation,
+                            reason,
+                            partial,
+                        },
+                        (result, _) => Completion::Transferred { operation, result },
                     });
                 }
                 !gone

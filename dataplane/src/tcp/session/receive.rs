@@ -300,6 +300,7 @@ impl Session {
             return Err(protocol("it claims to have what was not sent").into());
         }
         let (digest, bytes) = (outgoing.digest(), outgoing.from.len() as u64);
+        let cost = outgoing.cost();
         if header.crc != digest.0 || header.offset != bytes {
             self.answer(index, Header::about(Kind::DoneMismatch, transfer));
             self.fail_outgoing(transfer, FailReason::DigestMismatch, context);
@@ -312,7 +313,7 @@ impl Session {
             self.moved_at = context.now;
             let operation = outgoing.operation;
             drop(outgoing);
-            let result = Ok(receipt(bytes, digest));
+            let result = Ok(receipt(bytes, digest, cost));
             context
                 .completions
                 .push(Completion::Transferred { operation, result });
@@ -345,8 +346,9 @@ impl Session {
         if let Some(incoming) = self.incoming.remove(&transfer) {
             self.moved_at = context.now;
             let (operation, bytes) = (incoming.operation, incoming.into.len() as u64);
+            let cost = incoming.cost();
             drop(incoming);
-            let result = Ok(receipt(bytes, digest));
+            let result = Ok(receipt(bytes, digest, cost));
             context
                 .completions
                 .push(Completion::Transferred { operation, result });
