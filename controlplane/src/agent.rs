@@ -25,6 +25,7 @@ use tokio::sync::Semaphore;
 
 use crate::application::{self, ApplicationError};
 use crate::config::{Config, DRAIN_LIMIT};
+use crate::devices::Devices;
 use crate::frame::FrameError;
 use crate::node::{Node, Parts};
 use crate::session::establish;
@@ -123,6 +124,7 @@ async fn serve(config: Config, json: bool) -> Result<(), AgentError> {
         listen: listener.local_addr()?,
         socket: config.socket.clone(),
         warning: config.warning(),
+        devices: Devices::open(&config.accelerators),
     });
     for attended in attended {
         attend(&node, attended);

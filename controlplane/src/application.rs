@@ -16,11 +16,13 @@ use genie_client::protocol::{
 };
 use genie_client::slice::Run;
 use genie_client::{Metadata, Moved, Owner};
+use genie_dataplane::memory::accelerator::AcceleratorError;
 use tokio::io::AsyncReadExt;
 use tokio::net::UnixStream;
 use tokio::time::timeout;
 
 use crate::budget::{AllocateError, Allocation, Charge, Room};
+use crate::devices::DeviceError;
 use crate::frame::{self, FrameError};
 use crate::node::Node;
 use crate::quota::{self, QuotaError, User};
@@ -134,7 +136,8 @@ impl Application {
                 prefix,
                 count,
                 metadata,
-            } => self.put(node, prefix, count, metadata).await,
+                memory,
+            } => self.put(node, prefix, count, metadata, memory).await,
             Ask::Get {
                 node,
                 prefix,
@@ -164,6 +167,7 @@ impl Application {
             budget: self.node.arenas.clone(),
             user: Some(self.user.clone()),
             memory,
+            devices: self.node.devices.clone(),
         }
     }
 
@@ -185,11 +189,16 @@ impl Application {
         if let Some(reason) = &allocation.fallback {
             tracing::debug!(%reason, bytes, "an arena is not on huge pages");
         }
+        let descriptor = match allocation.descriptor() {
+            Ok(descriptor) => descriptor,
+            Err(error) => return self.fail(TransferError::from(error)).await,
+        };
         let reason = allocation.fallback.clone();
-        let region = Arc::clone(allocation.region());
-        let arena = self.arenas.add(allocation, false);
+        // A device's memory has nothing to seal.
+        let sealed = allocation.host().is_none();
+        let arena = self.arenas.add(allocation, sealed);
         self.send(&Answer::Arena { arena, reason }).await?;
-        pass_descriptor(&self.stream, &*region).await
+        pass_descriptor(&self.stream, descriptor).await
     }
 
     async fn import(&mut self) -> Result<(), ApplicationError> {
@@ -254,7 +263,7 @@ impl Application {
         bytes: Option<u64>,
         copied: u64,
     ) -> Result<(), ApplicationError> {
-        let bytes = bytes.unwrap_or(allocation.region().len() as u64);
+        let bytes = bytes.unwrap_or(allocation.len() as u64);
         // Nobody else can write what was read; what came sealed was checked.
         let arena = self.arenas.add(allocation, true);
         self.send(&Answer::Imported {
@@ -271,6 +280,7 @@ impl Application {
         prefix: String,
         count: u64,
         metadata: Option<Metadata>,
+        memory: Memory,
     ) -> Result<(), ApplicationError> {
         let (placed, charge) = self.recv_placed(count, metadata.as_ref()).await?;
         let sources = match self.arenas.sources(placed) {
@@ -286,13 +296,15 @@ impl Application {
             match remote(&node, to) {
                 Some(peer) => {
                     let session = node.session(&peer).await?;
-                    transfer::put(&session, &prefix, sources, metadata, &told).await
+                    let kind = memory.kind();
+                    transfer::put(&session, &prefix, sources, metadata, kind, &told).await
                 }
                 None => {
                     let _given_up = told.give_up_on_drop();
-                    let store = node.store.clone();
+                    let (store, room) = (node.store.clone(), node.store_room(memory.kind()));
                     let keep = move || {
-                        transfer::put_local(&store, &prefix, &sources, metadata, &owner, &told)
+                        let (sources, owner) = (&sources, &owner);
+                        transfer::put_local(&store, &prefix, sources, metadata, owner, &room, &told)
                     };
                     tokio::task::spawn_blocking(keep)
                         .await
@@ -438,14 +450,17 @@ impl Application {
         allocation: Allocation,
         moved: Moved,
     ) -> Result<(), ApplicationError> {
-        let region = Arc::clone(allocation.region());
-        if let Err(error) = region.seal() {
+        if let Some(Err(error)) = allocation.host().map(|region| region.seal()) {
             return self.fail(MemoryError::Seal(error)).await;
         }
+        let descriptor = match allocation.descriptor() {
+            Ok(descriptor) => descriptor,
+            Err(error) => return self.fail(TransferError::from(error)).await,
+        };
         // Counted until the application frees it or leaves.
         let arena: ArenaId = self.arenas.add(allocation, true);
         self.send(&Answer::Arrived { arena, moved }).await?;
-        pass_descriptor(&self.stream, &*region).await
+        pass_descriptor(&self.stream, descriptor).await
     }
 
     async fn list(
@@ -559,6 +574,12 @@ fn kind_of(error: &TransferError) -> FailureKind {
         TransferError::Tensor(_) | TransferError::Slice(_) => FailureKind::Invalid,
         TransferError::Allocate(AllocateError::Quota(_)) => FailureKind::Quota,
         TransferError::Allocate(AllocateError::Import(_)) => FailureKind::Descriptor,
+        TransferError::Allocate(AllocateError::Device(DeviceError::Failed(
+            AcceleratorError::OutOfMemory { .. },
+        ))) => FailureKind::NoMemory,
+        TransferError::Allocate(AllocateError::Device(_)) | TransferError::Accelerator(_) => {
+            FailureKind::Accelerator
+        }
         TransferError::Allocate(_) => FailureKind::NoMemory,
         TransferError::Digest { .. } | TransferError::Failed(_) => FailureKind::Corrupt,
         TransferError::Session(_) | TransferError::Peer { .. } | TransferError::Stalled { .. } => {

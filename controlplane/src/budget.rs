@@ -4,14 +4,18 @@
 //! is counted from before it is allocated until the last lease on it is gone*,
 //! so that a budget cannot be overrun, by whatever a transfer still holds.
 
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use genie_client::Memory;
 use genie_client::status::Usage;
-use genie_dataplane::memory::{Backing, Lease, Region, RegionError};
+use genie_dataplane::memory::accelerator::{DeviceLease, DeviceRegion};
+use genie_dataplane::memory::{Backing, Lease, OutOfBounds, Region, RegionError};
+use genie_dataplane::stage::{Place, Stage};
 use genie_hugepages::{PageSize, Root};
 
+use crate::devices::{DeviceError, Devices};
 use crate::quota::{self, QuotaError, User};
 
 /// Bytes that may be allocated, shared by all who allocate from it.
@@ -34,16 +38,24 @@ pub struct Room {
     pub budget: Budget,
     /// and charged to this user, if to anybody,
     pub user: Option<User>,
-    /// on these pages.
+    /// on these pages or this device,
     pub memory: Memory,
+    /// of these.
+    pub devices: Devices,
 }
 
 /// A region that counts against a budget for as long as anybody holds it.
 #[derive(Clone, Debug)]
 pub struct Allocation {
-    region: Arc<Region>,
+    held: Held,
     /// Why it is not on huge pages, if it could be but is not.
     pub fallback: Option<String>,
+}
+
+#[derive(Clone, Debug)]
+enum Held {
+    Host(Arc<Region>),
+    Device(Arc<Stage>, Arc<DeviceRegion>),
 }
 
 /// Bytes that count against a budget for as long as this is held.
@@ -99,6 +111,12 @@ pub enum AllocateError {
         /// Why, and what to type.
         reason: String,
     },
+    /// There is no descriptor left for it.
+    #[error("cannot make a descriptor for the memory: {0}")]
+    Descriptor(std::io::Error),
+    /// A device's memory was demanded.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
     /// Memory that somebody passed cannot be used.
     #[error("memory that was passed cannot be used: {0}")]
     Import(RegionError),
@@ -132,6 +150,7 @@ impl Budget {
             budget: self.clone(),
             user: None,
             memory: Memory::Auto,
+            devices: Devices::default(),
         }
     }
 
@@ -200,25 +219,21 @@ impl Room {
     pub fn allocate(&self, bytes: u64) -> Result<Allocation, AllocateError> {
         let wanted = bytes.max(1);
         let mut cost = self.cost(wanted)?;
-        let (region, fallback) = self.region(wanted)?;
+        let (held, fallback) = self.held(wanted)?;
         // Whole pages were taken; count them too, without refusing over a rest.
-        let rest = (region.len() as u64).saturating_sub(wanted);
+        let rest = (held.len() as u64).saturating_sub(wanted);
         self.budget.0.used.fetch_add(rest, Ordering::Relaxed);
         cost.charge.bytes += rest;
-        Ok(Allocation::new(region, cost, fallback))
+        Ok(Allocation::new(held, cost, fallback))
     }
 
     /// Takes a stranger's memory file of `bytes` as it is. Blocks.
-    pub fn import(
-        &self,
-        file: std::os::fd::OwnedFd,
-        bytes: u64,
-    ) -> Result<Allocation, AllocateError> {
+    pub fn import(&self, file: OwnedFd, bytes: u64) -> Result<Allocation, AllocateError> {
         let cost = self.cost(bytes.max(1))?;
         // Before it was sealed it may have grown beyond what was charged.
         let len_max = usize::try_from(bytes).unwrap_or(usize::MAX);
         let region = Region::import(file, len_max).map_err(AllocateError::Import)?;
-        Ok(Allocation::new(region, cost, None))
+        Ok(Allocation::new(Held::Host(region), cost, None))
     }
 
     fn cost(&self, bytes: u64) -> Result<Cost, AllocateError> {
@@ -232,17 +247,25 @@ impl Room {
         })
     }
 
-    fn region(&self, wanted: u64) -> Result<(Arc<Region>, Option<String>), AllocateError> {
+    /// The same, in host memory on whichever pages.
+    pub fn on_host(&self) -> Self {
+        Self {
+            memory: Memory::Auto,
+            ..self.clone()
+        }
+    }
+
+    fn held(&self, wanted: u64) -> Result<(Held, Option<String>), AllocateError> {
         let memory = |source| AllocateError::Memory { wanted, source };
         let len = usize::try_from(wanted).map_err(|_| memory(RegionError::Size(wanted)))?;
         match self.memory {
             Memory::Auto => {
                 let (region, reason) = Region::allocate(len).map_err(memory)?;
-                Ok((region, reason.map(|reason| reason.to_string())))
+                Ok((Held::Host(region), reason.map(|reason| reason.to_string())))
             }
             Memory::Host => {
                 let region = Region::with_backing(len, Backing::Shmem).map_err(memory)?;
-                Ok((region, None))
+                Ok((Held::Host(region), None))
             }
             Memory::Hugepage => {
                 let region = Region::with_backing(len, Backing::HUGE_2M);
@@ -250,31 +273,83 @@ impl Room {
                     wanted,
                     reason: why_no_huge_pages(wanted, &error),
                 };
-                Ok((region.map_err(refused)?, None))
+                Ok((Held::Host(region.map_err(refused)?), None))
+            }
+            Memory::Cuda(_) | Memory::Sim => {
+                let (stage, region) = self.devices.allocate(self.memory.kind(), len)?;
+                Ok((Held::Device(stage, region), None))
             }
         }
     }
 }
 
 impl Allocation {
-    fn new(region: Arc<Region>, cost: Cost, fallback: Option<String>) -> Self {
-        region
-            .guard(Box::new(cost))
-            .expect("a new region has no guard yet");
-        Self { region, fallback }
+    fn new(held: Held, cost: Cost, fallback: Option<String>) -> Self {
+        let cost = Box::new(cost);
+        match &held {
+            Held::Host(region) => region.guard(cost),
+            Held::Device(_, region) => region.guard(cost),
+        }
+        .expect("a new region has no guard yet");
+        Self { held, fallback }
     }
 
-    /// The memory.
-    pub fn region(&self) -> &Arc<Region> {
-        &self.region
+    /// The memory, if it is the host's.
+    pub fn host(&self) -> Option<&Arc<Region>> {
+        match &self.held {
+            Held::Host(region) => Some(region),
+            Held::Device(..) => None,
+        }
+    }
+
+    /// A descriptor for whoever shall have it too.
+    pub fn descriptor(&self) -> Result<OwnedFd, AllocateError> {
+        match &self.held {
+            Held::Host(region) => region
+                .as_fd()
+                .try_clone_to_owned()
+                .map_err(AllocateError::Descriptor),
+            Held::Device(_, region) => Ok(region.export().map_err(DeviceError::from)?),
+        }
+    }
+
+    /// Length in bytes.
+    pub fn len(&self) -> usize {
+        self.held.len()
+    }
+
+    /// Never true: memory of no bytes cannot be made.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
     }
 
     /// A hold on `len` bytes at `offset`.
     ///
     /// # Panics
     /// If that lies outside: the caller laid the tensors out in it.
-    pub fn lease(&self, offset: u64, len: u64) -> Lease {
-        Lease::new(Arc::clone(&self.region), offset, len).expect("laid out within the region")
+    pub fn lease(&self, offset: u64, len: u64) -> Place {
+        self.try_lease(offset, len)
+            .expect("laid out within the region")
+    }
+
+    /// A hold on `len` bytes at `offset`, if they are there.
+    pub fn try_lease(&self, offset: u64, len: u64) -> Result<Place, OutOfBounds> {
+        Ok(match &self.held {
+            Held::Host(region) => Place::Host(Lease::new(Arc::clone(region), offset, len)?),
+            Held::Device(stage, region) => {
+                let lease = DeviceLease::new(Arc::clone(region), offset, len)?;
+                Place::Device(Arc::clone(stage), lease)
+            }
+        })
+    }
+}
+
+impl Held {
+    fn len(&self) -> usize {
+        match self {
+            Self::Host(region) => region.len(),
+            Self::Device(_, region) => region.len(),
+        }
     }
 }
 

@@ -3,6 +3,7 @@
 //! Exit codes: 0 done, 1 failed, 2 not understood. Data goes to stdout, as text
 //! or with `--json` as one JSON value; everything else goes to stderr.
 
+mod device;
 mod hugepages;
 mod move_file;
 mod show;
@@ -14,6 +15,9 @@ use std::process::ExitCode;
 use clap::builder::FalseyValueParser;
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 use genie_client::{Client, ClientError, Memory, NotOfArena};
+use genie_dataplane::memory::RegionError;
+use genie_dataplane::memory::accelerator::AcceleratorError;
+use genie_dataplane::stage::StartError;
 use serde::Serialize;
 use tracing_subscriber::EnvFilter;
 
@@ -97,7 +101,7 @@ enum Command {
 /// Which pages tensors pass through.
 #[derive(Args, Debug)]
 struct Pages {
-    /// Memory between file and agent: auto, host, or hugepage, which fails rather than use other pages
+    /// Memory that tensors pass through: auto, host, or hugepage, which fails rather than use other pages; cuda:N or sim: the accelerator's, at both ends
     #[arg(long, value_name = "KIND", default_value_t, env = "GENIE_MEMORY")]
     memory: Memory,
 }
@@ -132,6 +136,14 @@ enum CommandError {
     Hugepages(#[from] HugepagesError),
     #[error(transparent)]
     Bench(#[from] BenchError),
+    #[error(transparent)]
+    Accelerator(#[from] AcceleratorError),
+    #[error(transparent)]
+    Stage(#[from] StartError),
+    #[error("no memory for the file: {0}")]
+    Memory(#[from] RegionError),
+    #[error("cannot copy between host and accelerator: {0}")]
+    Copy(String),
     #[error("{file}: {source}")]
     Tensor { file: String, source: TensorError },
     #[error("{file}: {source}")]

@@ -12,6 +12,7 @@ use std::time::Duration;
 use clap::Args;
 use clap::builder::FalseyValueParser;
 use genie_dataplane::dpdk::DeviceSpec;
+use genie_dataplane::memory::accelerator::{MemoryKind, UnknownMemory};
 use genie_dataplane::tcp::STREAMS_MAX;
 use serde::Deserialize;
 
@@ -35,7 +36,7 @@ const STALL: Duration = Duration::from_secs(30);
 pub const DRAIN_LIMIT: Duration = Duration::from_secs(10);
 
 /// Variables that start with `GENIE_` and are not flags of the agent.
-const OTHER_VARIABLES: [&str; 8] = [
+const OTHER_VARIABLES: [&str; 9] = [
     "GENIE_BIN",
     "GENIE_DPDK_LIB",
     "GENIE_HUGEPAGES",
@@ -43,6 +44,7 @@ const OTHER_VARIABLES: [&str; 8] = [
     "GENIE_LOG",
     "GENIE_PYTHON",
     "GENIE_REQUIRE_DPDK",
+    "GENIE_SIM",
     "GENIE_WITHOUT_DPDK",
 ];
 
@@ -84,6 +86,14 @@ pub struct AgentArgs {
         value_delimiter = ','
     )]
     pub dpdk_address: Vec<IpAddr>,
+    /// Accelerator whose memory tensors may be in: cuda:N, or sim, which is simulated; may be repeated
+    #[arg(
+        long,
+        value_name = "KIND",
+        env = "GENIE_ACCELERATOR",
+        value_delimiter = ','
+    )]
+    pub accelerator: Vec<MemoryKind>,
     /// A peer that can be dialled; may be repeated
     #[arg(long, value_name = "NAME=ADDR", env = "GENIE_PEER", value_delimiter = ',', value_parser = parse_peer)]
     pub peer: Vec<(String, String)>,
@@ -137,6 +147,8 @@ pub struct Config {
     pub dpdk_device: Option<DeviceSpec>,
     /// Addresses on its link.
     pub dpdk_addresses: Vec<IpAddr>,
+    /// Accelerators.
+    pub accelerators: Vec<MemoryKind>,
     /// Peers by name.
     pub peers: BTreeMap<String, String>,
     /// Limit of the store.
@@ -224,6 +236,7 @@ struct File {
     transport: Option<OneOrMore>,
     dpdk_device: Option<DeviceSpec>,
     dpdk_address: Option<OneOrMore>,
+    accelerator: Option<OneOrMore>,
     peer: BTreeMap<String, String>,
     store_bytes: Option<Number>,
     arena_bytes: Option<Number>,
@@ -236,7 +249,7 @@ struct File {
     allow_unauthenticated: bool,
 }
 
-const KEYS: [&str; 19] = [
+const KEYS: [&str; 20] = [
     "name",
     "listen",
     "data",
@@ -246,6 +259,7 @@ const KEYS: [&str; 19] = [
     "transport",
     "dpdk-device",
     "dpdk-address",
+    "accelerator",
     "peer",
     "store-bytes",
     "arena-bytes",
@@ -316,6 +330,16 @@ impl Config {
         } else {
             args.dpdk_address
         };
+        let accelerators = if args.accelerator.is_empty() {
+            let list = file.accelerator.map(OneOrMore::list).unwrap_or_default();
+            let parse = |text: String| {
+                text.parse()
+                    .map_err(|error: UnknownMemory| value("accelerator")(error.to_string()))
+            };
+            list.into_iter().map(parse).collect::<Result<_, _>>()?
+        } else {
+            args.accelerator
+        };
         let time = |arg: Option<Duration>, file: Option<String>, key, default| match (arg, file) {
             (Some(time), _) => Ok(time),
             (None, Some(text)) => {
@@ -384,6 +408,7 @@ impl Config {
             transport,
             dpdk_device: args.dpdk_device.or(file.dpdk_device),
             dpdk_addresses,
+            accelerators,
             peers,
             store_bytes: bytes(
                 args.store_bytes,

@@ -130,6 +130,7 @@ mod tests {
                     prefix: "m".into(),
                     count: 2,
                     metadata: metadata.clone(),
+                    memory: Default::default(),
                 },
             },
             Message::Begin {

@@ -16,6 +16,7 @@ pub mod bench;
 pub mod budget;
 pub mod cli;
 pub mod config;
+pub mod devices;
 pub mod frame;
 pub mod message;
 pub mod negotiation;

@@ -21,6 +21,7 @@ use std::fmt;
 use genie_client::Listed;
 use genie_client::slice::Run;
 use genie_dataplane::ledger::Copies;
+use genie_dataplane::memory::accelerator::MemoryKind;
 use genie_dataplane::tcp::Token;
 use genie_dataplane::{SessionId, TransferId};
 use serde::{Deserialize, Serialize};
@@ -47,6 +48,9 @@ pub struct Hello {
     /// After how many milliseconds of silence it gives a peer up; the peer
     /// sends heartbeats several times as often.
     pub liveness_ms: u64,
+    /// The longest transfer that it takes, where that is limited: tensors are
+    /// moved in ranges of the smaller of both ends' limits.
+    pub range_bytes: Option<u64>,
 }
 
 /// A message between agents.
@@ -157,6 +161,8 @@ pub enum Request {
         count: u64,
         /// Kept with the prefix.
         metadata: Option<Metadata>,
+        /// Whose memory they shall be kept in.
+        memory: MemoryKind,
     },
     /// Send the tensors under a prefix.
     Get {

@@ -9,8 +9,10 @@ use std::time::{Duration, Instant};
 
 use genie_dataplane::SessionId;
 use genie_dataplane::endpoint::Lost;
+use genie_dataplane::memory::accelerator::MemoryKind;
 
-use crate::budget::Budget;
+use crate::budget::{Budget, Room};
+use crate::devices::Devices;
 use crate::message::{Hello, Instance};
 use crate::quota::{self, Quotas};
 use crate::session::{Direction, Session, SessionError, establish};
@@ -47,6 +49,8 @@ pub struct Node {
     pub socket: PathBuf,
     /// What must be said of security.
     pub warning: Option<String>,
+    /// Accelerators, and why some cannot be used.
+    pub devices: Devices,
     /// When the agent started.
     pub started: Instant,
     live: Mutex<HashMap<(Transport, SessionId), Arc<Session>>>,
@@ -89,6 +93,8 @@ pub struct Parts {
     pub socket: PathBuf,
     /// What must be said of security.
     pub warning: Option<String>,
+    /// Accelerators.
+    pub devices: Devices,
 }
 
 /// Something under way that a stopping agent waits for.
@@ -121,11 +127,21 @@ impl Node {
             listen: parts.listen,
             socket: parts.socket,
             warning: parts.warning,
+            devices: parts.devices,
             started: Instant::now(),
             live: Mutex::default(),
             busy: AtomicUsize::new(0),
             stopping: AtomicBool::new(false),
         })
+    }
+
+    /// Room in the store, in this kind of memory.
+    pub fn store_room(&self, memory: MemoryKind) -> Room {
+        Room {
+            memory: memory.into(),
+            devices: self.devices.clone(),
+            ..self.store.budget().room()
+        }
     }
 
     /// How we introduce ourselves.
@@ -136,6 +152,7 @@ impl Node {
             preference: self.preference.clone(),
             offers: self.transports.offers(),
             liveness_ms: self.liveness.as_millis().try_into().unwrap_or(u64::MAX),
+            range_bytes: self.devices.range_bytes(),
         }
     }
 
@@ -234,6 +251,7 @@ impl Node {
             store: self.store.usage(),
             arenas: self.arenas.usage(),
             users,
+            accelerators: self.devices.status(),
         }
     }
 

@@ -165,6 +165,8 @@ pub struct Session {
     pub since: Instant,
     /// For how long a request may make no progress.
     pub stall: Duration,
+    /// The longest transfer that both ends take, where that is limited.
+    pub range_bytes: Option<u64>,
     outbox: mpsc::Sender<Message>,
     calls: Mutex<HashMap<u64, Entry>>,
     next_call: AtomicU64,
@@ -186,6 +188,8 @@ pub struct Agreed {
     pub refused: Vec<Refusal>,
     /// After how much silence the more impatient of the two gives up.
     pub liveness: Duration,
+    /// The longest transfer that both ends take, where that is limited.
+    pub range_bytes: Option<u64>,
 }
 
 /// A request under way, as seen by one end. Dropping it gives the request up.
@@ -222,6 +226,7 @@ impl Session {
             path,
             refused,
             liveness,
+            range_bytes,
         } = agreed;
         let (outbox, outgoing) = mpsc::channel(OUTBOX);
         let session = Arc::new(Self {
@@ -232,6 +237,7 @@ impl Session {
             refused,
             since: Instant::now(),
             stall: node.stall,
+            range_bytes,
             outbox,
             calls: Mutex::default(),
             next_call: AtomicU64::new(1),
@@ -594,6 +600,7 @@ mod tests {
             prefix: "m".into(),
             count: 1,
             metadata: None,
+            memory: Default::default(),
         };
         let node = node();
         assert_eq!(session.serve(&node, 1, get), Ok(()));

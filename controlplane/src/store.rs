@@ -11,7 +11,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use genie_client::status::Usage;
 use genie_client::{Listed, Owner};
-use genie_dataplane::memory::{Backing, Lease};
+use genie_dataplane::memory::Backing;
+use genie_dataplane::stage::Place;
 
 use crate::budget::{Budget, Charge};
 use crate::tensor::{Metadata, TensorInfo, metadata_bytes};
@@ -22,7 +23,7 @@ pub struct Stored {
     /// What it is; the name is the one within its prefix.
     pub info: TensorInfo,
     /// Where its bytes are.
-    pub lease: Lease,
+    pub lease: Place,
     /// Who put it.
     pub owner: Owner,
 }
@@ -124,7 +125,7 @@ impl Store {
     pub fn commit(
         &self,
         prefix: &str,
-        tensors: Vec<(TensorInfo, Lease)>,
+        tensors: Vec<(TensorInfo, Place)>,
         metadata: Option<Metadata>,
         owner: &Owner,
         charge: Charge,
@@ -268,11 +269,13 @@ impl Stored {
             shape: self.info.shape.clone(),
             bytes: self.lease.len() as u64,
             owner: self.owner.clone(),
-            memory: match self.lease.region().backing() {
-                Backing::HugeTlb { .. } => "hugepage",
-                Backing::Shmem => "host",
-            }
-            .to_owned(),
+            memory: match &self.lease {
+                Place::Host(lease) => match lease.region().backing() {
+                    Backing::HugeTlb { .. } => "hugepage".to_owned(),
+                    Backing::Shmem => "host".to_owned(),
+                },
+                Place::Device(..) => self.lease.kind().to_string(),
+            },
         }
     }
 }
@@ -409,7 +412,7 @@ mod tests {
     const ONE: Owner = Owner::User(1);
     const OTHER: Owner = Owner::User(2);
 
-    fn batch(store: &Store, names: &[&str]) -> Vec<(TensorInfo, Lease)> {
+    fn batch(store: &Store, names: &[&str]) -> Vec<(TensorInfo, Place)> {
         let allocation = store.budget().room().allocate(names.len() as u64).unwrap();
         let one = |(index, name): (usize, &&str)| {
             let info = TensorInfo {

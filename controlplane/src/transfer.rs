@@ -16,7 +16,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use genie_dataplane::engine::FailReason;
-use genie_dataplane::memory::Lease;
+use genie_dataplane::memory::accelerator::{AcceleratorError, MemoryKind};
+use genie_dataplane::stage::{Place, StageError};
 
 use genie_client::slice::{self, Run, SliceError};
 use genie_client::{Listed, Moved};
@@ -56,6 +57,9 @@ pub enum TransferError {
     /// A transfer failed.
     #[error("a tensor did not arrive: {0}")]
     Failed(FailReason),
+    /// An accelerator failed; the session goes on.
+    #[error("a tensor did not arrive: {0}")]
+    Accelerator(AcceleratorError),
     /// The peer could not do its part.
     #[error("peer '{peer}': {reason}")]
     Peer {
@@ -101,7 +105,7 @@ pub struct Source {
     /// What it is.
     pub info: TensorInfo,
     /// Its bytes.
-    pub lease: Lease,
+    pub lease: Place,
 }
 
 /// Tensors that arrived, one after the other in one allocation.
@@ -124,6 +128,15 @@ struct ProgressInner {
     done: AtomicU64,
     total: AtomicU64,
     given_up: AtomicBool,
+}
+
+impl From<StageError> for TransferError {
+    fn from(error: StageError) -> Self {
+        match error {
+            StageError::Wire(reason) => Self::Failed(reason),
+            StageError::Accelerator(error) => Self::Accelerator(error),
+        }
+    }
 }
 
 /// Gives a copy on another thread up when it is dropped.
@@ -168,12 +181,13 @@ impl Drop for GiveUpOnDrop {
     }
 }
 
-/// Sends a batch into a peer's store.
+/// Sends a batch into a peer's store, to be kept in this kind of memory.
 pub async fn put(
     session: &Arc<Session>,
     prefix: &str,
     sources: Vec<Source>,
     metadata: Option<Metadata>,
+    memory: MemoryKind,
     progress: &Progress,
 ) -> Result<Moved, TransferError> {
     let began = Instant::now();
@@ -184,6 +198,7 @@ pub async fn put(
         prefix: prefix.to_owned(),
         count,
         metadata,
+        memory,
     };
     let mut call = session.call(request).await?;
     send_list(&call, &infos).await?;
@@ -376,7 +391,7 @@ async fn allocate(room: &Room, bytes: u64) -> Result<Allocation, TransferError> 
 }
 
 /// One lease for each tensor, one after the other.
-fn lay_out(allocation: &Allocation, infos: &[TensorInfo]) -> Result<Vec<Lease>, TensorError> {
+fn lay_out(allocation: &Allocation, infos: &[TensorInfo]) -> Result<Vec<Place>, TensorError> {
     let mut offset = 0;
     let mut leases = Vec::with_capacity(infos.len());
     for info in infos {

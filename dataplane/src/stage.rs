@@ -22,9 +22,11 @@
 #![forbid(unsafe_code)]
 
 mod flight;
+mod place;
 mod slots;
 mod thread;
 
+use std::collections::VecDeque;
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::mpsc;
@@ -33,7 +35,7 @@ use std::task::{Context, Poll};
 use std::thread::{JoinHandle, Thread};
 use std::time::Instant;
 
-use genie_proto::{SessionId, TransferId};
+use genie_proto::{DigestBuilder, SessionId, TransferId};
 use tokio::sync::oneshot;
 
 use crate::endpoint::Endpoint;
@@ -41,6 +43,7 @@ use crate::engine::{FailReason, Full, Receipt};
 use crate::memory::accelerator::{Accelerator, AcceleratorError, DeviceLease, MemoryKind, Way};
 use crate::memory::{Lease, RegionError};
 use flight::{Flight, Job};
+pub use place::{Moving, Place};
 use slots::{Slot, Slots};
 
 /// How much host memory a stage takes.
@@ -246,13 +249,19 @@ impl Stage {
     }
 
     /// Copies host memory to the device, through slots. Waits for them.
-    pub async fn upload(&self, from: &Lease, to: &DeviceLease) -> Result<(), StageError> {
-        let mut pending = std::collections::VecDeque::new();
-        for range in ranges(from.len().min(to.len()), self.config.slot_bytes) {
-            let slot = self.outgoing.acquire().await;
-            let host = slot.lease((range.end - range.start) as usize);
+    ///
+    /// Returns the CRC32C of the bytes that went, however the source changed
+    /// meanwhile.
+    pub async fn upload(&self, from: &Lease, to: &DeviceLease) -> Result<u32, StageError> {
+        let len = from.len().min(to.len());
+        let mut digest = DigestBuilder::new(len as u64);
+        let mut pending = VecDeque::new();
+        for range in ranges(len, self.config.slot_bytes) {
+            let (slot, bytes) = (self.outgoing.acquire().await, range.end - range.start);
+            let host = slot.lease(bytes as usize);
             let view = from.view(range.start as usize..range.end as usize);
-            host.write_at(0, view.expect("cut from its own length"));
+            let crc = host.place(0, view.expect("cut from its own length"));
+            digest.add(range.start, bytes, crc);
             let device = to.slice(range).expect("cut from its own length");
             let copy = |answer| Flight::copy(slot, host, device, Way::ToDevice, answer);
             pending.push_back(self.submit(copy));
@@ -263,38 +272,39 @@ impl Stage {
         for staged in pending {
             staged.await?;
         }
-        Ok(())
+        Ok(digest.finish().0)
     }
 
     /// Copies device memory to the host's, through slots. Waits for them.
-    pub async fn download(&self, from: &DeviceLease, to: &Lease) -> Result<(), StageError> {
-        let mut pending = std::collections::VecDeque::new();
-        let mut ranges = ranges(from.len().min(to.len()), self.config.slot_bytes);
+    ///
+    /// Returns the CRC32C of the bytes that came.
+    pub async fn download(&self, from: &DeviceLease, to: &Lease) -> Result<u32, StageError> {
+        let len = from.len().min(to.len());
+        let mut digest = DigestBuilder::new(len as u64);
+        let mut pending = VecDeque::new();
+        let mut ranges = ranges(len, self.config.slot_bytes).peekable();
         loop {
             // As many as there are slots free, but at least one at a time.
-            while pending.len() < self.config.slots {
-                let Some(range) = ranges.next() else { break };
+            while ranges.peek().is_some() {
                 let slot = match self.incoming.try_acquire() {
                     Some(slot) => slot,
                     None if pending.is_empty() => self.incoming.acquire().await,
-                    None => {
-                        ranges.give_back(range);
-                        break;
-                    }
+                    None => break,
                 };
+                let range = ranges.next().expect("it was looked at");
                 let host = slot.lease((range.end - range.start) as usize);
                 let device = from.slice(range.clone()).expect("cut from its own length");
-                let kept = host.clone();
-                let keep = slot.share();
+                let (kept, share) = (host.clone(), slot.share());
                 let copy = |answer| Flight::copy(slot, host, device, Way::ToHost, answer);
-                pending.push_back((range, kept, keep, self.submit(copy)));
+                pending.push_back((range, kept, share, self.submit(copy)));
             }
             let Some((range, host, slot, staged)) = pending.pop_front() else {
-                return Ok(());
+                return Ok(digest.finish().0);
             };
             staged.await?;
             let view = host.view(0..host.len()).expect("all of it");
-            to.write_at(range.start as usize, view);
+            let crc = to.place(range.start as usize, view);
+            digest.add(range.start, range.end - range.start, crc);
             drop((host, slot));
         }
     }
@@ -420,12 +430,6 @@ pub struct Ranges {
     next: Option<u64>,
     len: u64,
     step: u64,
-}
-
-impl Ranges {
-    fn give_back(&mut self, range: std::ops::Range<u64>) {
-        self.next = Some(range.start);
-    }
 }
 
 impl Iterator for Ranges {

@@ -114,6 +114,11 @@ impl Agent {
 
     /// [`Agent::start`], with the transports that `args` say.
     pub fn start_with(folder: &Path, name: &str, args: &[&str]) -> Self {
+        Self::start_in(folder, name, args, &[])
+    }
+
+    /// [`Agent::start_with`], with variables in its environment.
+    pub fn start_in(folder: &Path, name: &str, args: &[&str], env: &[(&str, &str)]) -> Self {
         let log = folder.join(format!("{name}.log"));
         let socket = folder.join(format!("{name}.sock"));
         let mut child = genie_command()
@@ -123,6 +128,7 @@ impl Agent {
             .arg("--socket")
             .arg(&socket)
             .args(args)
+            .envs(env.iter().copied())
             .stdout(Stdio::piped())
             .stderr(std::fs::File::create(&log).expect("the folder can be written"))
             .spawn()

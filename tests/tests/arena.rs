@@ -147,6 +147,7 @@ impl Raw {
             prefix: "m".into(),
             count: 1,
             metadata: None,
+            memory: Memory::Auto,
         });
         self.ask(&Ask::Tensors(vec![placed]))
     }
@@ -611,6 +612,7 @@ fn programs_that_leave_in_the_middle_leave_nothing() {
             prefix: format!("m{round}"),
             count: 1,
             metadata: None,
+            memory: Memory::Auto,
         });
         match round % 5 {
             // Before the list, within it, while it moves, and by breaking the rules.
@@ -649,6 +651,7 @@ fn a_flood_of_requests_is_answered_or_ends_its_connection_alone() {
         prefix: "m".into(),
         count: 4 << 20,
         metadata: None,
+        memory: Memory::Auto,
     });
     let long = vec![placed(ArenaId(0), 0, 0); 4000];
     let refused = (0..1000).find_map(|_| {

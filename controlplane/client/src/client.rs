@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError};
 
+use genie_dataplane::memory::accelerator::{AcceleratorError, MemoryKind};
 use genie_dataplane::memory::{Region, RegionError};
 
 use crate::arena::{Arena, Fetched, Hold, Imported, Tensor, Unneeded};
@@ -62,6 +63,12 @@ pub enum ClientError {
     /// The memory could not be mapped.
     #[error("cannot map the arena: {0}")]
     Map(#[from] RegionError),
+    /// The accelerator that the memory is of.
+    #[error(transparent)]
+    Accelerator(#[from] AcceleratorError),
+    /// An accelerator's memory cannot be mapped.
+    #[error("the host cannot look into memory of {0}: use the calls for accelerators")]
+    OnDevice(MemoryKind),
     /// A tensor that lies in an arena of another connection.
     #[error("tensor {0:?} lies in an arena of another connection: put it through that one")]
     OtherConnection(String),
@@ -111,17 +118,38 @@ impl Client {
 
     /// Asks for memory of at least `bytes`, shared with the agent.
     pub fn arena(&mut self, bytes: u64, memory: Memory) -> Result<Arena, ClientError> {
-        self.ask(&Ask::Arena { bytes, memory })?;
-        let Answer::Arena { arena, reason } = self.recv()? else {
-            return Err(self.unexpected());
-        };
-        let hold = self.hold(arena);
-        let region = Region::from_memfd(self.recv_descriptor()?)?;
+        host_only(memory)?;
+        let (hold, file, reason) = self.ask_memory(bytes, memory)?;
+        let arena = hold.id;
+        let region = Region::from_memfd(file)?;
         self.ask(&Ask::Mapped { arena })?;
         let Answer::Sealed = self.recv()? else {
             return Err(self.unexpected());
         };
         Ok(Arena::new(hold, region, reason))
+    }
+
+    /// Memory of a device's.
+    pub(crate) fn ask_arena(
+        &mut self,
+        bytes: u64,
+        memory: Memory,
+    ) -> Result<(Arc<Hold>, OwnedFd), ClientError> {
+        let (hold, file, _) = self.ask_memory(bytes, memory)?;
+        Ok((hold, file))
+    }
+
+    fn ask_memory(
+        &mut self,
+        bytes: u64,
+        memory: Memory,
+    ) -> Result<(Arc<Hold>, OwnedFd, Option<String>), ClientError> {
+        self.ask(&Ask::Arena { bytes, memory })?;
+        let Answer::Arena { arena, reason } = self.recv()? else {
+            return Err(self.unexpected());
+        };
+        let hold = self.hold(arena);
+        Ok((hold, self.recv_descriptor()?, reason))
     }
 
     /// Lets the agent use a memory file as it is, without a copy.
@@ -143,6 +171,7 @@ impl Client {
         bytes: u64,
         memory: Memory,
     ) -> Result<Imported, ClientError> {
+        host_only(memory)?;
         let read = Ask::Read {
             offset,
             bytes,
@@ -173,6 +202,20 @@ impl Client {
         metadata: Option<Metadata>,
         progress: impl FnMut(u64, u64),
     ) -> Result<Moved, ClientError> {
+        self.put_into(node, prefix, tensors, metadata, Memory::Auto, progress)
+    }
+
+    /// [`Client::put_with`], to be kept in an accelerator's memory if `memory`
+    /// names one; which pages host memory has is the store's own choice.
+    pub fn put_into(
+        &mut self,
+        node: Option<&str>,
+        prefix: &str,
+        tensors: &[Tensor],
+        metadata: Option<Metadata>,
+        memory: Memory,
+        progress: impl FnMut(u64, u64),
+    ) -> Result<Moved, ClientError> {
         let is_other = |tensor: &&Tensor| tensor.hold().connection != self.connection;
         if let Some(other) = tensors.iter().find(is_other) {
             return Err(ClientError::OtherConnection(other.info().name.clone()));
@@ -184,6 +227,7 @@ impl Client {
             prefix,
             count,
             metadata,
+            memory,
         })?;
         for tensors in tensors.chunks(TENSORS_PER_MESSAGE) {
             let placed = tensors.iter().map(Tensor::placed).collect();
@@ -213,6 +257,27 @@ impl Client {
         memory: Memory,
         progress: impl FnMut(u64, u64),
     ) -> Result<Fetched, ClientError> {
+        host_only(memory)?;
+        let (tensors, metadata) = self.ask_get(node, prefix, memory, progress)?;
+        let answer = self.recv()?;
+        let (moved, region, hold) = self.recv_arrived(answer)?;
+        Ok(Fetched {
+            tensors,
+            metadata,
+            moved,
+            region,
+            _hold: hold,
+        })
+    }
+
+    /// Asks for tensors; returns what was found, before it is passed.
+    pub(crate) fn ask_get(
+        &mut self,
+        node: Option<&str>,
+        prefix: &str,
+        memory: Memory,
+        progress: impl FnMut(u64, u64),
+    ) -> Result<(Vec<TensorInfo>, Option<Metadata>), ClientError> {
         let (node, prefix) = (node.map(str::to_owned), prefix.to_owned());
         self.ask(&Ask::Get {
             node,
@@ -229,15 +294,7 @@ impl Client {
                 _ => return Err(self.unexpected()),
             }
         }
-        let answer = self.recv()?;
-        let (moved, region, hold) = self.recv_arrived(answer)?;
-        Ok(Fetched {
-            tensors,
-            metadata,
-            moved,
-            region,
-            _hold: hold,
-        })
+        Ok((tensors, metadata))
     }
 
     /// A handle on the tensor of this full name, on `node` or locally.
@@ -279,6 +336,7 @@ impl Client {
         part: Selection,
         memory: Memory,
     ) -> Result<Part, ClientError> {
+        host_only(memory)?;
         let Selection { runs, shape, dtype } = part;
         self.ask(&Ask::Fetch {
             node: tensor.node.clone(),
@@ -416,15 +474,29 @@ impl Client {
         &mut self,
         answer: Answer,
     ) -> Result<(Moved, Arc<Region>, Arc<Hold>), ClientError> {
-        let Answer::Arrived { arena, moved } = answer else {
-            return Err(self.unexpected());
-        };
-        let hold = self.hold(arena);
-        let region = Region::import(self.recv_descriptor()?, usize::MAX)?;
+        let (moved, file, hold) = self.recv_descriptor_of(answer)?;
+        let region = Region::import(file, usize::MAX)?;
         if (region.len() as u64) < moved.bytes {
             return Err(self.unexpected());
         }
         Ok((moved, region, hold))
+    }
+
+    /// How tensors moved, and a descriptor of the memory they are in.
+    pub(crate) fn recv_moved(&mut self) -> Result<(Moved, OwnedFd, Arc<Hold>), ClientError> {
+        let answer = self.recv()?;
+        self.recv_descriptor_of(answer)
+    }
+
+    fn recv_descriptor_of(
+        &mut self,
+        answer: Answer,
+    ) -> Result<(Moved, OwnedFd, Arc<Hold>), ClientError> {
+        let Answer::Arrived { arena, moved } = answer else {
+            return Err(self.unexpected());
+        };
+        let hold = self.hold(arena);
+        Ok((moved, self.recv_descriptor()?, hold))
     }
 
     fn recv_descriptor(&mut self) -> Result<OwnedFd, ClientError> {
@@ -458,6 +530,14 @@ impl Client {
     fn unexpected(&mut self) -> ClientError {
         self.lost = true;
         ClientError::Unexpected
+    }
+}
+
+/// Refuses what only the calls for accelerators can take.
+fn host_only(memory: Memory) -> Result<(), ClientError> {
+    match memory.kind() {
+        MemoryKind::Host => Ok(()),
+        kind => Err(ClientError::OnDevice(kind)),
     }
 }
 

@@ -24,6 +24,7 @@ use std::fmt;
 use std::str::FromStr;
 
 use genie_dataplane::ledger::Copies;
+use genie_dataplane::memory::accelerator::MemoryKind;
 use serde::{Deserialize, Serialize};
 
 use crate::slice::Run;
@@ -52,6 +53,10 @@ pub enum Memory {
     Host,
     /// Huge pages, or an error that says why not.
     Hugepage,
+    /// The memory of this CUDA device.
+    Cuda(u32),
+    /// The memory of the simulated accelerator.
+    Sim,
 }
 
 /// What an application asks.
@@ -95,6 +100,8 @@ pub enum Ask {
         count: u64,
         /// Kept with the prefix.
         metadata: Option<Metadata>,
+        /// What the store that takes them shall keep them in.
+        memory: Memory,
     },
     /// More of the list.
     Tensors(Vec<Placed>),
@@ -237,6 +244,8 @@ pub enum FailureKind {
     Peer,
     /// The bytes changed on the way: somebody wrote while they moved.
     Corrupt,
+    /// An accelerator failed, or is not there.
+    Accelerator,
     /// The agent is stopping.
     Stopping,
 }
@@ -264,7 +273,7 @@ pub struct Listed {
     pub bytes: u64,
     /// Who put it.
     pub owner: Owner,
-    /// Where it lives: `host` or `hugepage`.
+    /// Where it lives: `host`, `hugepage`, `cuda:N` or `sim`.
     pub memory: String,
 }
 
@@ -320,9 +329,31 @@ impl Listed {
     }
 }
 
+impl Memory {
+    /// Whose memory it is.
+    pub fn kind(&self) -> MemoryKind {
+        match self {
+            Self::Auto | Self::Host | Self::Hugepage => MemoryKind::Host,
+            Self::Cuda(ordinal) => MemoryKind::Cuda(*ordinal),
+            Self::Sim => MemoryKind::Sim,
+        }
+    }
+}
+
+impl From<MemoryKind> for Memory {
+    /// Host memory is on whichever pages.
+    fn from(kind: MemoryKind) -> Self {
+        match kind {
+            MemoryKind::Host => Self::Auto,
+            MemoryKind::Cuda(ordinal) => Self::Cuda(ordinal),
+            MemoryKind::Sim => Self::Sim,
+        }
+    }
+}
+
 /// Not a kind of memory.
 #[derive(Clone, Debug, thiserror::Error, PartialEq, Eq)]
-#[error("'{0}' is no kind of memory: auto, host or hugepage")]
+#[error("'{0}' is no kind of memory: auto, host, hugepage, cuda:N or sim")]
 pub struct ParseMemoryError(String);
 
 impl FromStr for Memory {
@@ -333,17 +364,22 @@ impl FromStr for Memory {
             "auto" => Ok(Self::Auto),
             "host" => Ok(Self::Host),
             "hugepage" => Ok(Self::Hugepage),
-            _ => Err(ParseMemoryError(text.to_owned())),
+            _ => match text.parse() {
+                Ok(MemoryKind::Cuda(ordinal)) => Ok(Self::Cuda(ordinal)),
+                Ok(MemoryKind::Sim) => Ok(Self::Sim),
+                _ => Err(ParseMemoryError(text.to_owned())),
+            },
         }
     }
 }
 
 impl fmt::Display for Memory {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Auto => "auto",
-            Self::Host => "host",
-            Self::Hugepage => "hugepage",
-        })
+        match self {
+            Self::Auto => f.write_str("auto"),
+            Self::Host => f.write_str("host"),
+            Self::Hugepage => f.write_str("hugepage"),
+            Self::Cuda(_) | Self::Sim => self.kind().fmt(f),
+        }
     }
 }

@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use genie_dataplane::engine::Snapshot;
+use genie_dataplane::memory::accelerator::MemoryKind;
 use serde::{Deserialize, Serialize};
 
 /// A picture of an agent.
@@ -38,6 +39,25 @@ pub struct AgentStatus {
     /// Users of this host that are connected: all of them for root, else only
     /// whoever asks.
     pub users: Vec<UserStatus>,
+    /// Accelerators that it was started with.
+    pub accelerators: Vec<AcceleratorStatus>,
+}
+
+/// An accelerator.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AcceleratorStatus {
+    /// How it is called in options.
+    pub kind: MemoryKind,
+    /// What it calls itself; a simulated one says so.
+    pub name: Option<String>,
+    /// The driver's version.
+    pub driver: Option<String>,
+    /// All of its memory, in bytes.
+    pub memory_bytes: u64,
+    /// Why it cannot be used.
+    pub reason: Option<String>,
+    /// Why network cards do not reach its memory, so that tensors are staged.
+    pub gpudirect: Option<String>,
 }
 
 /// How full the store, or the room for arenas, is.

@@ -13,7 +13,7 @@ use std::sync::Arc;
 
 use genie_client::protocol::{ArenaId, DESCRIPTOR_BYTE, Placed};
 use genie_client::{FailureKind, TensorInfo};
-use genie_dataplane::memory::{Lease, RegionError};
+use genie_dataplane::memory::RegionError;
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
     SendAncillaryMessage, SendFlags,
@@ -64,6 +64,8 @@ pub(super) enum MemoryError {
     NotRegular(&'static str),
     #[error("the file ends at {end} bytes, before {wanted}")]
     Short { end: u64, wanted: u64 },
+    #[error("files are read into host memory: put them into an accelerator's store instead")]
+    OnDevice,
     #[error("the file cannot be read: {0}")]
     Read(io::Error),
     #[error(transparent)]
@@ -73,7 +75,9 @@ pub(super) enum MemoryError {
 impl MemoryError {
     pub(super) fn kind(&self) -> FailureKind {
         match self {
-            Self::NoArena(_) | Self::NotSealed(_) | Self::Outside { .. } => FailureKind::Invalid,
+            Self::NoArena(_) | Self::NotSealed(_) | Self::Outside { .. } | Self::OnDevice => {
+                FailureKind::Invalid
+            }
             Self::Seal(_)
             | Self::NoDescriptor
             | Self::NotMemory
@@ -99,7 +103,10 @@ impl Arenas {
     /// looking at all of its pages takes.
     pub(super) async fn seal(&mut self, id: ArenaId) -> Result<(), MemoryError> {
         let arena = self.arenas.get(&id).ok_or(MemoryError::NoArena(id))?;
-        let region = Arc::clone(arena.allocation.region());
+        let Some(region) = arena.allocation.host().map(Arc::clone) else {
+            // A device's memory has nothing to seal.
+            return Ok(());
+        };
         let sealed = tokio::task::spawn_blocking(move || {
             region.seal()?;
             // Holes that were punched before the seals were added.
@@ -135,8 +142,7 @@ impl Arenas {
             return Err(MemoryError::NotSealed(id));
         }
         let len = TensorInfo::len_bytes(&info).map_err(TransferError::from)?;
-        let region = Arc::clone(arena.allocation.region());
-        match Lease::new(region, offset, len) {
+        match arena.allocation.try_lease(offset, len) {
             Ok(lease) => Ok(Source { info, lease }),
             Err(_) => Err(MemoryError::Outside { name: info.name }),
         }
@@ -179,7 +185,8 @@ pub(super) fn read(
         return Err(MemoryError::Short { end, wanted });
     }
     let allocation = room.allocate(bytes).map_err(TransferError::from)?;
-    let into = allocation.lease(0, bytes);
+    let place = allocation.lease(0, bytes);
+    let into = place.host().ok_or(MemoryError::OnDevice)?;
     progress.begin(bytes);
     let mut done = 0;
     while done < into.len() {

@@ -10,6 +10,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 use tokio::signal::unix::{SignalKind, signal};
 
+use super::device::{self, Device};
 use super::{CommandError, Target};
 use crate::safetensors::{Draft, ModelFile};
 use crate::tensor::check_batch;
@@ -42,26 +43,37 @@ pub(super) fn put(
             source,
         }
     })?;
-    let arena = client.arena(header.data_len, memory)?;
-    let packed = arena.packed(header.tensors.clone());
-    let packed = packed.map_err(|source| CommandError::Arena {
+    let outside = |source| CommandError::Arena {
         file: file.display().to_string(),
         source,
-    })?;
+    };
+    let device = Device::open(memory)?;
     let began = Instant::now();
     let bar = Bar::new("read", json);
-    model.read_into(&packed.lease, |done| bar.show(done, header.data_len))?;
+    let show = |done| bar.show(done, header.data_len);
+    let tensors = if let Some(device) = &device {
+        let arena = client.device_arena(device.accelerator(), header.data_len)?;
+        let host = device::host(header.data_len)?;
+        model.read_into(&host, show)?;
+        device.upload(&host, arena.lease())?;
+        arena.packed(header.tensors.clone()).map_err(outside)?
+    } else {
+        let arena = client.arena(header.data_len, memory)?;
+        let packed = arena.packed(header.tensors.clone()).map_err(outside)?;
+        model.read_into(&packed.lease, show)?;
+        packed.tensors
+    };
     bar.end();
     let file_seconds = began.elapsed().as_secs_f64();
     let bar = Bar::new("put", json);
     let show = |done, total| bar.show(done, total);
     let (node, metadata) = (to.node.as_deref(), header.metadata.clone());
-    let moved = client.put_with(node, &to.name, &packed.tensors, metadata, show)?;
+    let moved = client.put_into(node, &to.name, &tensors, metadata, memory, show)?;
     bar.end();
     Ok(Report {
         moved,
         file_seconds,
-        file_copies_per_byte: 1.0,
+        file_copies_per_byte: copies(&device),
     })
 }
 
@@ -78,24 +90,41 @@ pub(super) fn get(
     cleanup.remember(draft.temporary());
     let bar = Bar::new("get", json);
     let show = |done, total| bar.show(done, total);
-    let fetched = client.get_with(from.node.as_deref(), &from.name, memory, show)?;
+    let device = Device::open(memory)?;
+    let (node, prefix) = (from.node.as_deref(), &from.name[..]);
+    let (fetched, began) = if let Some(device) = &device {
+        let fetched = client.get_on(device.accelerator(), node, prefix, show)?;
+        let began = Instant::now();
+        let host = device.download(fetched.lease())?;
+        (
+            (fetched.tensors, fetched.metadata, fetched.moved, host),
+            began,
+        )
+    } else {
+        let fetched = client.get_with(node, prefix, memory, show)?;
+        let lease = fetched.lease();
+        let fetched = (fetched.tensors, fetched.metadata, fetched.moved, lease);
+        (fetched, Instant::now())
+    };
     bar.end();
-    let began = Instant::now();
+    let (tensors, metadata, moved, lease) = fetched;
     let bar = Bar::new("write", json);
-    let bytes = fetched.moved.bytes;
-    draft.write(
-        &fetched.tensors,
-        fetched.metadata.as_ref(),
-        &fetched.lease(),
-        |done| bar.show(done, bytes),
-    )?;
+    let bytes = moved.bytes;
+    draft.write(&tensors, metadata.as_ref(), &lease, |done| {
+        bar.show(done, bytes)
+    })?;
     bar.end();
     let file_seconds = began.elapsed().as_secs_f64();
     Ok(Report {
-        moved: fetched.moved,
+        moved,
         file_seconds,
-        file_copies_per_byte: 1.0,
+        file_copies_per_byte: copies(&device),
     })
+}
+
+/// Between page cache and memory; with an accelerator also to or from a slot.
+fn copies(device: &Option<Device>) -> f64 {
+    if device.is_some() { 2.0 } else { 1.0 }
 }
 
 /// A progress bar on a terminal; nothing anywhere else.

@@ -7,7 +7,7 @@ use genie_dataplane::ledger::Copies;
 use serde::Serialize;
 
 use super::move_file::Report;
-use crate::status::{AgentStatus, SessionStatus, TransportStatus};
+use crate::status::{AcceleratorStatus, AgentStatus, SessionStatus, TransportStatus};
 use crate::units::show_bytes;
 
 /// What `rm` prints.
@@ -131,6 +131,9 @@ pub(super) fn status(status: &AgentStatus) -> String {
         .transports
         .iter()
         .for_each(|one| transport(&mut text, one));
+    for one in &status.accelerators {
+        line(&mut text, &accelerator(one));
+    }
     if !status.peers.is_empty() {
         line(&mut text, "peers");
         for peer in &status.peers {
@@ -150,6 +153,24 @@ pub(super) fn status(status: &AgentStatus) -> String {
         .iter()
         .for_each(|one| session(&mut text, one));
     text
+}
+
+fn accelerator(one: &AcceleratorStatus) -> String {
+    let kind = one.kind;
+    if let Some(reason) = &one.reason {
+        return format!("accelerator {kind} cannot be used: {reason}");
+    }
+    let (name, driver) = (one.name.as_deref(), one.driver.as_deref());
+    let gpudirect = one.gpudirect.as_deref().map_or_else(
+        || "GPUDirect possible".to_owned(),
+        |reason| format!("staged, no GPUDirect: {reason}"),
+    );
+    format!(
+        "accelerator {kind}: {}, driver {}, {}; {gpudirect}",
+        name.unwrap_or("nameless"),
+        driver.unwrap_or("unknown"),
+        show_bytes(one.memory_bytes)
+    )
 }
 
 fn transport(text: &mut String, transport: &TransportStatus) {

@@ -14,6 +14,7 @@ use tokio::net::TcpStream;
 use tokio::time::timeout;
 
 use super::{Agreed, Direction, Path, Session, SessionError, kind, show_refusals};
+use crate::devices::agreed_range;
 use crate::frame::{self, FrameError};
 use crate::message::{Hello, Message};
 use crate::negotiation::{Refusal, Side, better_refused, plan};
@@ -331,6 +332,7 @@ impl Talk<'_> {
             path,
             refused,
             liveness: self.node.liveness.min(theirs),
+            range_bytes: agreed_range(self.node.devices.range_bytes(), hello.range_bytes),
         };
         for refusal in &agreed.refused {
             tracing::info!(peer = %agreed.peer, "a better path was refused: {refusal}");

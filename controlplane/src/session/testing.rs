@@ -28,6 +28,7 @@ pub(crate) fn node() -> Arc<Node> {
         listen: LOCAL.into(),
         socket: "unused".into(),
         warning: None,
+        devices: Default::default(),
     })
 }
 
@@ -58,6 +59,7 @@ pub(crate) fn session(direction: Direction) -> (Arc<Session>, mpsc::Receiver<Mes
         refused: Vec::new(),
         since: Instant::now(),
         stall: STALL,
+        range_bytes: None,
         outbox,
         calls: Mutex::default(),
         next_call: AtomicU64::new(1),

@@ -4,9 +4,8 @@ use std::collections::VecDeque;
 use std::time::Duration;
 
 use genie_dataplane::TransferId;
-use genie_dataplane::endpoint::Transfer;
 use genie_dataplane::engine::{FailReason, Full, Receipt};
-use genie_dataplane::memory::Lease;
+use genie_dataplane::stage::{Moving, Place, StageError, ranges};
 use genie_proto::DigestBuilder;
 use tokio::time::sleep;
 
@@ -39,7 +38,7 @@ struct Patience {
 }
 
 impl Patience {
-    fn new(session: &Session, leases: &[Lease]) -> Self {
+    fn new(session: &Session, leases: &[Place]) -> Self {
         Self {
             stall: session.stall,
             moving: 0,
@@ -65,10 +64,12 @@ impl Patience {
     }
 }
 
-/// The receipts of a batch, in the order of its tensors.
+/// The receipts of a batch, in the order of its tensors and of their ranges.
 #[derive(Debug, Default)]
 pub(super) struct Tally {
     receipts: Vec<Receipt>,
+    /// How many receipts each tensor has.
+    ranges: Vec<usize>,
 }
 
 impl Tally {
@@ -88,14 +89,48 @@ impl Tally {
             outcome.retransmits += receipt.retransmits;
             outcome.copies.add(receipt.copies);
         }
-        let digests: Vec<(u64, u32)> = self
-            .receipts
-            .iter()
-            .map(|receipt| (receipt.bytes, receipt.digest.0))
-            .collect();
+        let mut rest = &self.receipts[..];
+        let digest = |count: &usize| {
+            let (receipts, later) = rest.split_at(*count);
+            rest = later;
+            joined(receipts)
+        };
+        let digests: Vec<(u64, u32)> = self.ranges.iter().map(digest).collect();
         outcome.digest = batch_digest(infos, &digests);
         outcome
     }
+}
+
+/// Length and CRC32C of a tensor from those of its ranges.
+fn joined(receipts: &[Receipt]) -> (u64, u32) {
+    let len = receipts.iter().map(|receipt| receipt.bytes).sum();
+    let mut digest = DigestBuilder::new(len);
+    let mut offset = 0;
+    for receipt in receipts {
+        digest.add(offset, receipt.bytes, receipt.digest.0);
+        offset += receipt.bytes;
+    }
+    (len, digest.finish().0)
+}
+
+/// The transfers that tensors are moved as: each one, or its ranges in a session
+/// that limits their length. Both ends cut alike.
+fn cut(session: &Session, leases: Vec<Place>) -> (Vec<Place>, Tally) {
+    let limit = session.range_bytes.unwrap_or(u64::MAX);
+    let limit = usize::try_from(limit).unwrap_or(usize::MAX);
+    let mut tally = Tally::default();
+    let mut transfers = Vec::with_capacity(leases.len());
+    for lease in leases {
+        let before = transfers.len();
+        if lease.len() <= limit {
+            transfers.push(lease);
+        } else {
+            let part = |range| lease.slice(range).expect("cut from its own length");
+            transfers.extend(ranges(lease.len(), limit).map(part));
+        }
+        tally.ranges.push(transfers.len() - before);
+    }
+    (transfers, tally)
 }
 
 /// CRC32C over all tensors in the order of their names, from each one's length and CRC32C.
@@ -138,15 +173,15 @@ pub(super) async fn send_list(call: &Call, infos: &[TensorInfo]) -> Result<(), S
 /// Returns early news of the request's end too, if the peer sent it meanwhile.
 pub(super) async fn send_all(
     call: &mut Call,
-    leases: Vec<Lease>,
+    leases: Vec<Place>,
     progress: &Progress,
 ) -> Result<(Tally, Option<Outcome>), TransferError> {
+    let (leases, mut tally) = cut(call.session(), leases);
     let count = leases.len();
     let mut patience = Patience::new(call.session(), &leases);
     let mut waiting = VecDeque::from(leases);
     let mut granted: VecDeque<TransferId> = VecDeque::new();
-    let mut pending: VecDeque<Transfer> = VecDeque::new();
-    let mut tally = Tally::default();
+    let mut pending: VecDeque<Moving> = VecDeque::new();
     let mut early = None;
     let path = call.session().path.clone();
     while tally.receipts.len() < count {
@@ -166,7 +201,7 @@ pub(super) async fn send_all(
             },
             begun = async {
                 let lease = waiting.front().expect("there are more tensors than grants").clone();
-                path.endpoint.send(path.session, granted[0], lease).await
+                lease.send(&path.endpoint, path.session, granted[0]).await
             }, if !granted.is_empty() => {
                 pending.push_back(begun.map_err(|reason| failed(call.session(), reason))?);
                 granted.pop_front();
@@ -193,17 +228,17 @@ pub(super) async fn send_all(
 /// Returns early news of the request's end too, if the peer sent it meanwhile.
 pub(super) async fn receive_all(
     call: &mut Call,
-    leases: Vec<Lease>,
+    leases: Vec<Place>,
     progress: &Progress,
 ) -> Result<(Tally, Option<Outcome>), TransferError> {
+    let (leases, mut tally) = cut(call.session(), leases);
     let count = leases.len();
     let mut patience = Patience::new(call.session(), &leases);
     let mut waiting = VecDeque::from(leases);
-    let mut pending: VecDeque<Transfer> = VecDeque::new();
+    let mut pending: VecDeque<Moving> = VecDeque::new();
     // More is granted once no more than this many are pending, so that the
     // grants of a long batch travel in few messages.
     let mut low_water = usize::MAX;
-    let mut tally = Tally::default();
     let mut early = None;
     let path = call.session().path.clone();
     while tally.receipts.len() < count {
@@ -235,7 +270,7 @@ pub(super) async fn receive_all(
             // Others use the endpoint up: wait until it takes one of ours.
             begun = async {
                 let lease = waiting.front().expect("a tensor is still to be received").clone();
-                path.endpoint.receive(path.session, lease).await
+                lease.receive(&path.endpoint, path.session).await
             }, if pending.is_empty() => {
                 let (id, transfer) = begun.map_err(|reason| failed(call.session(), reason))?;
                 let lease = waiting.pop_front().expect("it is now expected");
@@ -255,8 +290,8 @@ pub(super) async fn receive_all(
 /// Grants up to [`GRANTS`] tensors, as many as the endpoint takes without waiting.
 async fn grant(
     call: &Call,
-    waiting: &mut VecDeque<Lease>,
-    pending: &mut VecDeque<Transfer>,
+    waiting: &mut VecDeque<Place>,
+    pending: &mut VecDeque<Moving>,
     patience: &mut Patience,
 ) -> Result<(), TransferError> {
     let path = &call.session().path;
@@ -266,7 +301,7 @@ async fn grant(
             break;
         };
         let len = lease.len() as u64;
-        match path.endpoint.try_receive(path.session, lease) {
+        match lease.try_receive(&path.endpoint, path.session) {
             Ok(begun) => {
                 patience.begin(len);
                 let (id, transfer) = begun.map_err(|reason| failed(call.session(), reason))?;
@@ -289,7 +324,7 @@ async fn grant(
     Ok(())
 }
 
-async fn front(pending: &mut VecDeque<Transfer>) -> Result<Receipt, FailReason> {
+async fn front(pending: &mut VecDeque<Moving>) -> Result<Receipt, StageError> {
     pending
         .front_mut()
         .expect("polled only if there is one")
@@ -319,7 +354,11 @@ fn ended(call: &mut Call, message: Message, expected: bool) -> Result<Outcome, T
 }
 
 /// What the failure of one transfer means to the batch, and to its session.
-fn failed(session: &Session, reason: FailReason) -> TransferError {
+fn failed(session: &Session, error: StageError) -> TransferError {
+    let reason = match error {
+        StageError::Wire(reason) => reason,
+        StageError::Accelerator(error) => return TransferError::Accelerator(error),
+    };
     match reason {
         // The path is of no use any more, whether the engine has said so or
         // did before the session was there to be told.
@@ -345,7 +384,7 @@ fn failed(session: &Session, reason: FailReason) -> TransferError {
 mod tests {
     use std::sync::Arc;
 
-    use genie_dataplane::memory::{Backing, Region};
+    use genie_dataplane::memory::{Backing, Lease, Region};
 
     use super::*;
     use crate::message::Request;
@@ -353,11 +392,11 @@ mod tests {
     use crate::tensor::Dtype;
 
     /// Tensors to be moved, and a request whose peer says what the test wants.
-    async fn begin() -> (Call, Vec<Lease>, tokio::sync::mpsc::Receiver<Message>) {
+    async fn begin() -> (Call, Vec<Place>, tokio::sync::mpsc::Receiver<Message>) {
         let (session, outgoing) = testing::session(Direction::Dialled);
         let call = session.call(Request::List { under: None }).await.unwrap();
         let region = Region::with_backing(4096, Backing::Shmem).unwrap();
-        let lease = |at| Lease::new(Arc::clone(&region), at, 100).unwrap();
+        let lease = |at| Place::from(Lease::new(Arc::clone(&region), at, 100).unwrap());
         (call, vec![lease(0), lease(100)], outgoing)
     }
 
@@ -405,6 +444,38 @@ mod tests {
         );
         let listed = crate::transfer::list(call.session(), None).await;
         assert!(matches!(listed, Err(TransferError::Stalled { .. })));
+    }
+
+    #[tokio::test]
+    async fn tensors_are_cut_where_the_session_limits_transfers() {
+        let (mut session, _outgoing) = testing::session(Direction::Dialled);
+        let region = Region::with_backing(4096, Backing::Shmem).unwrap();
+        let place = |len| Place::from(Lease::new(Arc::clone(&region), 0, len).unwrap());
+        let leases = || vec![place(0), place(100), place(250)];
+        let (whole, tally) = cut(&session, leases());
+        assert_eq!((whole.len(), &tally.ranges[..]), (3, &[1, 1, 1][..]));
+        Arc::get_mut(&mut session).unwrap().range_bytes = Some(100);
+        let (parts, tally) = cut(&session, leases());
+        let lengths: Vec<_> = parts.iter().map(Place::len).collect();
+        assert_eq!(lengths, [0, 100, 100, 100, 50]);
+        assert_eq!(tally.ranges, [1, 1, 3]);
+    }
+
+    #[test]
+    fn the_digests_of_ranges_join_into_the_tensors() {
+        let part = |bytes: &[u8]| Receipt {
+            bytes: bytes.len() as u64,
+            digest: genie_dataplane::Digest(crc32c::crc32c(bytes)),
+            retransmits: 0,
+            copies: Default::default(),
+        };
+        let tally = Tally {
+            receipts: [&b"89"[..], b"12", b"34", b"", b"567"].map(part).to_vec(),
+            ranges: vec![1, 2, 1, 1],
+        };
+        let infos = [info("c"), info("a"), info("aa"), info("b")];
+        let outcome = tally.outcome(&infos);
+        assert_eq!((outcome.bytes, outcome.digest), (9, CHECK));
     }
 
     #[test]

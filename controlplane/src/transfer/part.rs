@@ -6,6 +6,8 @@
 
 use genie_client::slice::{self, Run};
 use genie_dataplane::memory::Lease;
+use genie_dataplane::stage::Place;
+use tokio::runtime::Handle;
 
 use super::TransferError;
 use crate::budget::Room;
@@ -21,19 +23,27 @@ const DIRECT_MIN: u64 = 64 << 10;
 /// What is sent of a tensor, and how many bytes were copied to send it.
 pub(super) struct Pieces {
     pub(super) infos: Vec<TensorInfo>,
-    pub(super) leases: Vec<Lease>,
+    pub(super) leases: Vec<Place>,
     pub(super) copied: u64,
 }
 
 /// Cuts the runs out of a tensor; gathers short ones into memory from `room`. Blocks.
-pub(super) fn cut(from: &Lease, runs: &[Run], room: &Room) -> Result<Pieces, TransferError> {
+///
+/// A device's tensor whose short pieces are wanted is first copied to the host, whole.
+pub(super) fn cut(from: &Place, runs: &[Run], room: &Room) -> Result<Pieces, TransferError> {
     slice::check_runs(runs, from.len() as u64)?;
     let short = |run: &&Run| run.count > 1 && run.len < DIRECT_MIN;
-    let copied = runs.iter().filter(short).filter_map(Run::total).sum();
-    let gathered = match copied {
-        0 => None,
-        bytes => Some(room.allocate(bytes)?),
+    let copied: u64 = runs.iter().filter(short).filter_map(Run::total).sum();
+    let (gathered, host, downloaded) = match copied {
+        0 => (None, None, 0),
+        bytes => {
+            let (host, downloaded) = host(from, room)?;
+            let into = room.on_host().allocate(bytes)?.lease(0, bytes);
+            let into = into.host().expect("made on the host").clone();
+            (Some(into), Some(host), downloaded)
+        }
     };
+    let copied = copied + downloaded;
     let mut pieces = Pieces {
         infos: Vec::new(),
         leases: Vec::new(),
@@ -41,13 +51,13 @@ pub(super) fn cut(from: &Lease, runs: &[Run], room: &Room) -> Result<Pieces, Tra
     };
     let mut used = 0;
     for run in runs {
-        match &gathered {
-            Some(memory) if short(&run) => {
+        match (&gathered, &host) {
+            (Some(memory), Some(from)) if short(&run) => {
                 let len = run.len * run.count;
-                let into = memory.lease(used, len);
+                let into = memory.slice(used..used + len).expect("made for all");
                 gather(from, std::slice::from_ref(run), &into);
                 used += len;
-                pieces.push(into);
+                pieces.push(into.into());
             }
             _ => {
                 let part = |at| from.slice(at..at + run.len).expect("the runs were checked");
@@ -59,9 +69,23 @@ pub(super) fn cut(from: &Lease, runs: &[Run], room: &Room) -> Result<Pieces, Tra
 }
 
 impl Pieces {
-    fn push(&mut self, lease: Lease) {
+    fn push(&mut self, lease: Place) {
         self.infos.push(piece(self.infos.len(), lease.len() as u64));
         self.leases.push(lease);
+    }
+}
+
+/// The bytes of a tensor in host memory, and how many were copied to have them. Blocks.
+pub(super) fn host(from: &Place, room: &Room) -> Result<(Lease, u64), TransferError> {
+    match from {
+        Place::Host(lease) => Ok((lease.clone(), 0)),
+        Place::Device(stage, lease) => {
+            let bytes = lease.len() as u64;
+            let host = room.on_host().allocate(bytes)?.lease(0, bytes);
+            let host = host.host().expect("made on the host").clone();
+            Handle::current().block_on(stage.download(lease, &host))?;
+            Ok((host, bytes))
+        }
     }
 }
 
@@ -115,19 +139,21 @@ mod tests {
             count: 3,
         };
         let budget = Budget::new("test", "--test", 1 << 20);
-        let pieces = cut(&from, &[rows, column, Run::bytes(7, 1)], &budget.room()).unwrap();
-        let lengths: Vec<_> = pieces.leases.iter().map(Lease::len).collect();
+        let place = Place::from(from.clone());
+        let pieces = cut(&place, &[rows, column, Run::bytes(7, 1)], &budget.room()).unwrap();
+        let lengths: Vec<_> = pieces.leases.iter().map(Place::len).collect();
         assert_eq!(lengths, [65536, 65536, 65536, 12, 1]);
         assert_eq!(pieces.copied, 12);
         let mut bytes = [9; 12];
-        pieces.leases[3].read_at(0, &mut bytes);
+        let host = |at: usize| pieces.leases[at].host().unwrap();
+        host(3).read_at(0, &mut bytes);
         assert_eq!(bytes, [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]);
         assert_eq!(
-            pieces.leases[1].as_ptr(),
+            host(1).as_ptr(),
             from.slice(1000 + 131072..(1 << 20)).unwrap().as_ptr()
         );
         drop(pieces);
         assert_eq!(budget.usage().used_bytes, 0);
-        assert!(cut(&from, &[Run::bytes(1 << 20, 1)], &budget.room()).is_err());
+        assert!(cut(&place, &[Run::bytes(1 << 20, 1)], &budget.room()).is_err());
     }
 }

@@ -4,10 +4,11 @@ use std::sync::Arc;
 
 use genie_client::Owner;
 use genie_client::slice::Run;
-use genie_dataplane::memory::Lease;
+use genie_dataplane::stage::Place;
 
 use super::batch::{receive_all, send_all, send_list};
 use super::{Progress, TransferError, allocate, lay_out, part, recv_list};
+use crate::budget::Room;
 use crate::message::{Message, Outcome, Request};
 use crate::node::Node;
 use crate::session::Call;
@@ -30,7 +31,11 @@ pub async fn serve(
             prefix,
             count,
             metadata,
-        } => serve_put(node, call, &prefix, count, metadata, &peer).await,
+            memory,
+        } => {
+            let room = node.store_room(memory);
+            serve_put(node, call, &prefix, count, metadata, &room, &peer).await
+        }
         Request::Get { prefix } => serve_get(node, call, &prefix, &peer).await,
         Request::Fetch { name, runs } => serve_fetch(node, call, &name, runs, &peer).await,
         Request::List { under } => {
@@ -64,6 +69,7 @@ async fn serve_put(
     prefix: &str,
     count: u64,
     metadata: Option<Metadata>,
+    room: &Room,
     peer: &Owner,
 ) -> Result<Outcome, TransferError> {
     let budget = node.store.budget();
@@ -71,7 +77,7 @@ async fn serve_put(
     let bytes = check_batch(prefix, &infos, metadata.as_ref())?;
     node.store.check(prefix, &infos, peer)?;
     charge.grow_to(description_bytes(prefix, &infos, metadata.as_ref(), peer))?;
-    let allocation = allocate(&budget.room(), bytes).await?;
+    let allocation = allocate(room, bytes).await?;
     let leases = lay_out(&allocation, &infos)?;
     let (tally, _) = receive_all(call, leases.clone(), &Progress::default()).await?;
     let outcome = tally.outcome(&infos);
@@ -114,7 +120,7 @@ async fn serve_fetch(
 async fn send(
     call: &mut Call,
     infos: &[TensorInfo],
-    leases: Vec<Lease>,
+    leases: Vec<Place>,
     metadata: Option<Metadata>,
 ) -> Result<Outcome, TransferError> {
     call.send(Message::Found {
