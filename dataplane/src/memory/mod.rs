@@ -12,6 +12,8 @@
 #![allow(unsafe_code)]
 
 pub mod accelerator;
+use crc_fast::{CrcAlgorithm, Digest};
+
 mod arena;
 mod lease;
 mod region;
@@ -28,9 +30,36 @@ pub use view::View;
 /// `len` bytes at `at` must be mapped and readable during the call.
 unsafe fn crc_of(crc: u32, at: *const u8, len: usize) -> u32 {
     // SAFETY: readable by the caller's promise. The slice exists only inside
-    // this call; `crc32c` reads each byte with loads that have no other use,
+    // this call; `crc_fast` reads each byte with loads that have no other use,
     // so bytes that another process changes meanwhile can only make the
     // checksum differ, which the protocol treats as a lost segment.
     let bytes = unsafe { std::slice::from_raw_parts(at, len) };
-    crc32c::crc32c_append(crc, bytes)
+    // A digest's state is the CRC without its final inversion. Where a CPU has
+    // VPCLMULQDQ this folds 100 GB/s out of the cache, four times what the
+    // CRC32 instruction gives.
+    let state = u64::from(!crc);
+    let mut digest = Digest::new_with_init_state(CrcAlgorithm::Crc32Iscsi, state);
+    digest.update(bytes);
+    digest.finalize() as u32
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_crc_is_castagnolis_whole_or_continued() {
+        let bytes: Vec<u8> = (0..5000u32).map(|i| ((i * 7) >> 2) as u8).collect();
+        for len in [0, 1, 7, 8, 15, 16, 63, 64, 255, 256, 1024, 4987] {
+            for begin in [0, 1, 13] {
+                let (head, tail) = bytes[begin..][..len].split_at(len / 3);
+                // SAFETY: both are slices of our own.
+                let crc = unsafe { crc_of(0, head.as_ptr(), head.len()) };
+                assert_eq!(crc, crc32c::crc32c(head));
+                // SAFETY: as above.
+                let crc = unsafe { crc_of(crc, tail.as_ptr(), tail.len()) };
+                assert_eq!(crc, crc32c::crc32c_append(crc32c::crc32c(head), tail));
+            }
+        }
+    }
 }
