@@ -232,6 +232,7 @@ fn start_tcp(config: &Config) -> Result<Started, AgentError> {
         liveness: config.liveness,
         open_limit: config.liveness,
         progress_limit: config.stall,
+        congestion: config.tcp_congestion.clone(),
     };
     let (running, data) = tcp::spawn(tcp)
         .map_err(|source| refused_listen("the data address", config.data, "--data", source))?;

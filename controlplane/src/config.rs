@@ -121,6 +121,9 @@ pub struct AgentArgs {
     /// TCP connections a session [default: 2]
     #[arg(long, value_name = "N", env = "GENIE_STREAMS", value_parser = clap::value_parser!(u16).range(1..=STREAMS_MAX as i64))]
     pub streams: Option<u16>,
+    /// The kernel's congestion control of TCP data connections: cubic, bbr … [default: the system's; over loopback cubic]
+    #[arg(long, value_name = "NAME", env = "GENIE_TCP_CONGESTION")]
+    pub tcp_congestion: Option<String>,
     /// Listen on addresses that others can reach though nobody is authenticated
     #[arg(long, env = "GENIE_ALLOW_UNAUTHENTICATED", value_parser = FalseyValueParser::new())]
     pub allow_unauthenticated: bool,
@@ -163,6 +166,8 @@ pub struct Config {
     pub stall: Duration,
     /// TCP connections a session.
     pub streams: u16,
+    /// The kernel's congestion control of TCP data connections, if one was asked for.
+    pub tcp_congestion: Option<String>,
     /// Whether it may listen where strangers can reach it.
     pub allow_unauthenticated: bool,
 }
@@ -246,10 +251,11 @@ struct File {
     liveness: Option<String>,
     stall: Option<String>,
     streams: Option<u16>,
+    tcp_congestion: Option<String>,
     allow_unauthenticated: bool,
 }
 
-const KEYS: [&str; 20] = [
+const KEYS: [&str; 21] = [
     "name",
     "listen",
     "data",
@@ -269,6 +275,7 @@ const KEYS: [&str; 20] = [
     "liveness",
     "stall",
     "streams",
+    "tcp-congestion",
     "allow-unauthenticated",
 ];
 
@@ -421,6 +428,7 @@ impl Config {
             liveness: time(args.liveness, file.liveness, "liveness", LIVENESS)?,
             stall: time(args.stall, file.stall, "stall", STALL)?,
             streams: args.streams.or(file.streams).unwrap_or(2),
+            tcp_congestion: args.tcp_congestion.or(file.tcp_congestion),
             allow_unauthenticated: args.allow_unauthenticated || file.allow_unauthenticated,
         };
         config.check()?;

@@ -52,6 +52,10 @@ pub struct Config {
     /// one of them ending, before the session is lost. For peers that answer
     /// but do nothing.
     pub progress_limit: Duration,
+    /// The kernel's congestion control of data connections, `cubic` or `bbr`
+    /// say. `None` is the system's own, but over loopback, where there is no
+    /// congestion and pacing costs a third of the sender's time, `cubic`.
+    pub congestion: Option<String>,
 }
 
 /// Proves that a data connection belongs to a session; known to its two agents only.
@@ -81,6 +85,8 @@ pub enum Role {
 }
 
 /// Starts an engine; also says the address it really listens on.
+///
+/// Fails if the address is taken, or the kernel lacks the congestion control.
 pub fn spawn(config: Config) -> io::Result<(Running, SocketAddr)> {
     let (endpoint, completions, ports, lost) = Endpoint::new()?;
     let status = Status::default();
@@ -110,6 +116,7 @@ impl Default for Config {
             liveness: Duration::from_secs(2),
             open_limit: Duration::from_secs(2),
             progress_limit: Duration::from_secs(30),
+            congestion: None,
         }
     }
 }

@@ -40,6 +40,7 @@ pub(crate) fn session(direction: Direction) -> (Arc<Session>, mpsc::Receiver<Mes
         liveness: Duration::from_secs(2),
         open_limit: Duration::from_secs(2),
         progress_limit: Duration::from_secs(2),
+        ..tcp::Config::default()
     })
     .unwrap();
     let (outbox, outgoing) = mpsc::channel(OUTBOX);

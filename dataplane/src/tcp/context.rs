@@ -2,12 +2,14 @@
 
 #![forbid(unsafe_code)]
 
+use std::io;
+use std::net::TcpStream;
 use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
 use genie_proto::SessionId;
 
-use super::Config;
+use super::{Config, socket};
 use crate::engine::{Completion, FailReason, Interrupted, OperationId, Outbox};
 use crate::ledger::Copies;
 
@@ -29,6 +31,8 @@ pub(crate) struct Context {
     pub(crate) open_limit: Duration,
     /// How long transfers may stand still.
     pub(crate) progress_limit: Duration,
+    /// The congestion control that was asked for.
+    pub(crate) congestion: Option<String>,
     epoch: Instant,
 }
 
@@ -61,8 +65,14 @@ impl Context {
             liveness: config.liveness,
             open_limit: config.open_limit,
             progress_limit: config.progress_limit,
+            congestion: config.congestion.clone(),
             epoch,
         }
+    }
+
+    /// Sets what every data connection has.
+    pub(crate) fn configure(&self, socket: &TcpStream) -> io::Result<()> {
+        socket::configure(socket, self.liveness, self.congestion.as_deref())
     }
 
     /// Answers an operation with a failure.

@@ -16,6 +16,7 @@ use super::context::{Context, STREAM_KEYS, stream_of_key};
 use super::frame::{Hello, Verdict};
 use super::lobby::Lobby;
 use super::session::{Ended, ReadEnd, Session, Turn};
+use super::socket;
 use super::spin::Spin;
 use crate::endpoint::EnginePorts;
 use crate::engine::status::PUBLISH_EVERY;
@@ -60,6 +61,10 @@ impl Engine {
     pub(crate) fn new(config: &Config, ports: EnginePorts, status: Status) -> io::Result<Self> {
         let listener = TcpListener::bind(config.listen)?;
         listener.set_nonblocking(true)?;
+        if let Some(name) = &config.congestion {
+            // Connections inherit it; a name that is wrong is found here.
+            socket::set_congestion(&listener, name)?;
+        }
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
         epoll::add(
             &epoll,

@@ -13,10 +13,10 @@ use std::time::{Duration, Instant};
 use genie_proto::SessionId;
 use rustix::event::epoll::{self, EventData, EventFlags};
 
+use super::Token;
 use super::context::{Context, STREAM_KEYS};
 use super::frame::{Hello, Malformed, Verdict};
 use super::stream::Greeting;
-use super::{Token, socket};
 
 /// Connections that may wait at once; a full session is 16 of them.
 pub(crate) const GUESTS_MAX: usize = 128;
@@ -53,7 +53,7 @@ impl Lobby {
         limit: Duration,
         context: &mut Context,
     ) -> std::io::Result<()> {
-        socket::configure(&socket, context.liveness)?;
+        context.configure(&socket)?;
         let key = self.next_key;
         epoll::add(
             &context.epoll,

@@ -167,7 +167,7 @@ impl Session {
                 if let Some(error) = stream.socket.take_error().map_err(io_error)? {
                     return Err(refused_connection(address, &error));
                 }
-                socket::configure(&stream.socket, context.liveness).map_err(io_error)?;
+                context.configure(&stream.socket).map_err(io_error)?;
                 stream
                     .greet(&hello)
                     .map_err(|error| lost_connection(&error))?;

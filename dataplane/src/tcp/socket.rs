@@ -10,7 +10,7 @@ use std::io;
 use std::marker::PhantomData;
 use std::net::{SocketAddr, TcpStream};
 use std::ops::Range;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::time::Duration;
 
 use arrayvec::ArrayVec;
@@ -150,13 +150,23 @@ pub(crate) fn connect(address: SocketAddr) -> io::Result<TcpStream> {
     }
 }
 
-/// Sets what every data connection has. Congestion control is the system's.
+/// Sets what every connected data connection has.
 ///
 /// `liveness` bounds how long the kernel waits for acknowledgements; whether
 /// the peer's *engine* lives is found out with PINGs, so keepalive stays off.
-pub(crate) fn configure(socket: &TcpStream, liveness: Duration) -> io::Result<()> {
+pub(crate) fn configure(
+    socket: &TcpStream,
+    liveness: Duration,
+    congestion: Option<&str>,
+) -> io::Result<()> {
     socket.set_nonblocking(true)?;
     socket.set_nodelay(true)?;
+    match congestion {
+        Some(name) => set_congestion(socket, name)?,
+        // Where the kernel has no cubic, the system's own stays.
+        None if is_loopback(socket) => drop(set_congestion(socket, "cubic")),
+        None => {}
+    }
     let limit = u32::try_from(liveness.as_millis()).unwrap_or(u32::MAX);
     sockopt::set_tcp_user_timeout(socket, limit)?;
     let value = NOT_SENT_LOW_WATER;
@@ -175,6 +185,26 @@ pub(crate) fn configure(socket: &TcpStream, liveness: Duration) -> io::Result<()
     } else {
         Err(io::Error::last_os_error())
     }
+}
+
+/// Chooses the kernel's congestion control for a socket.
+pub(crate) fn set_congestion(socket: impl AsFd, name: &str) -> io::Result<()> {
+    sockopt::set_tcp_congestion(socket, name).map_err(|errno| {
+        let error = io::Error::from(errno);
+        io::Error::new(
+            error.kind(),
+            format!(
+                "this kernel has no congestion control '{name}' ({error}): \
+                 /proc/sys/net/ipv4/tcp_available_congestion_control lists what it has"
+            ),
+        )
+    })
+}
+
+fn is_loopback(socket: &TcpStream) -> bool {
+    socket
+        .peer_addr()
+        .is_ok_and(|peer| peer.ip().to_canonical().is_loopback())
 }
 
 /// Bytes that were sent and that the peer's kernel has not acknowledged.
@@ -230,6 +260,26 @@ mod tests {
     fn a_vector_outside_the_lease_is_not_built() {
         let lease = Lease::whole(Region::with_backing(4096, Backing::Shmem).unwrap());
         Scatter::new().push_lease(&lease, 4090..4097);
+    }
+
+    #[test]
+    fn congestion_control_is_what_was_asked_for_and_cubic_over_loopback() {
+        let (a, b) = pair();
+        let limit = Duration::from_secs(1);
+        configure(&a, limit, Some("reno")).unwrap();
+        assert_eq!(sockopt::tcp_congestion(&a).unwrap(), "reno");
+        let available =
+            std::fs::read_to_string("/proc/sys/net/ipv4/tcp_available_congestion_control").unwrap();
+        let before = sockopt::tcp_congestion(&b).unwrap();
+        configure(&b, limit, None).unwrap();
+        let expected = if available.contains("cubic") {
+            "cubic"
+        } else {
+            &before
+        };
+        assert_eq!(sockopt::tcp_congestion(&b).unwrap(), expected);
+        let refused = configure(&a, limit, Some("nonesuch")).unwrap_err();
+        assert!(refused.to_string().contains("nonesuch"), "{refused}");
     }
 
     #[test]
