@@ -4,7 +4,9 @@
 //! once it holds no lease for the transfer any more and no frame can reach its
 //! memory; whoever owns the session hands it to the next engine with the same
 //! lease. The invariant is that of [`genie_proto::Incoming`]: what is marked
-//! was verified and is not written again.
+//! was verified and is not written again. A tensor that one frame carried whole
+//! may be finished at the receiver while the sender is interrupted: what the
+//! receiver does not ask for then is there.
 
 #![forbid(unsafe_code)]
 

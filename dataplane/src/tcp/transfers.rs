@@ -48,6 +48,8 @@ pub(crate) struct Outgoing {
     pub(crate) failed: Option<FailReason>,
     sent: genie_proto::transfer::Outgoing,
     before: Before,
+    /// Nothing of it moved before, and one chunk is all of it.
+    whole: bool,
     /// The one chunk of a tensor of zero bytes is still to be sent.
     empty: bool,
 }
@@ -120,6 +122,7 @@ impl Outgoing {
         from: Lease,
         resume: Option<Box<Partial<genie_proto::Outgoing>>>,
     ) -> Self {
+        let whole = resume.is_none() && from.len() <= CHUNK_MAX as usize;
         let (sent, cost) = match resume {
             None => (
                 genie_proto::Outgoing::new(from.len() as u64),
@@ -136,6 +139,7 @@ impl Outgoing {
             failed: None,
             sent,
             before: Before { bytes, cost },
+            whole,
             empty,
         }
     }
@@ -169,6 +173,12 @@ impl Outgoing {
             self.sent.record(piece, crc);
         }
         Some(NextChunk { range, crc })
+    }
+
+    /// Whether one frame carries all of it, so that the receiver, which has
+    /// compared that frame's CRC, awaits no DONE_OK.
+    pub(crate) fn is_whole(&self) -> bool {
+        self.whole
     }
 
     /// Whether chunks are left that no connection took.

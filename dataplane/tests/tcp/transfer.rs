@@ -1,8 +1,9 @@
 //! Bytes arrive, whatever their number, in both directions at once.
 
-use genie_dataplane::engine::Receipt;
+use genie_dataplane::engine::{Cost, Partial, Receipt};
+use genie_proto::Incoming;
 
-use crate::harness::{Engine, Link, assert_given_back, bytes, empty, filled, open_both};
+use crate::harness::{Engine, Link, assert_given_back, block_on, bytes, empty, filled, open_both};
 
 const CHUNK: usize = genie_dataplane::tcp::frame::CHUNK_MAX as usize;
 
@@ -25,6 +26,37 @@ fn every_awkward_size_arrives() {
         let from = filled(len, len as u64);
         link.move_and_check(&from);
         assert_given_back(&from);
+    }
+    link.stop();
+}
+
+#[test]
+fn a_small_tensor_that_another_path_began_is_finished() {
+    let link = Link::new(2);
+    let from = filled(200, 5);
+    let data = bytes(&from);
+    for applied in [0, 64, 128] {
+        let into = empty(200);
+        let mut moved = Incoming::new(200).unwrap();
+        if applied > 0 {
+            into.write_at(0, data[..applied].into());
+            moved.apply(0, applied as u64, crc32c::crc32c(&data[..applied]));
+        }
+        let mut received = Partial {
+            moved,
+            cost: Cost::default(),
+        };
+        let missing = received.prepare(&into, 8);
+        let mut sent = Partial::rebuild(&from);
+        sent.prepare(&missing).unwrap();
+        let (a, b) = (&link.a.endpoint, &link.b.endpoint);
+        let receive = b.resume_receive(link.ids.1, into.clone(), Box::new(received));
+        let (id, incoming) = block_on(receive).unwrap();
+        let send = a.resume_send(link.ids.0, id, from.clone(), Box::new(sent));
+        let outgoing = block_on(send).unwrap();
+        assert_eq!(outgoing.wait().unwrap().bytes, 200, "after {applied}");
+        assert_eq!(incoming.wait().unwrap().bytes, 200, "after {applied}");
+        assert_eq!(bytes(&into), data);
     }
     link.stop();
 }

@@ -10,7 +10,7 @@ use genie_proto::{Digest, TransferId};
 use super::{Context, Ended, Session, lost_connection, receipt, refused};
 use crate::engine::{Completion, FailReason};
 use crate::memory::Lease;
-use crate::tcp::frame::{CHUNK_MAX, Header, Kind, Reason};
+use crate::tcp::frame::{Header, Kind, Reason};
 use crate::tcp::reader::{Item, Outcome, Payload};
 
 /// Bytes that one connection reads before the others get their turn.
@@ -306,7 +306,7 @@ impl Session {
             self.fail_outgoing(transfer, FailReason::DigestMismatch, context);
             return Ok(());
         }
-        if bytes > u64::from(CHUNK_MAX) {
+        if !outgoing.is_whole() {
             self.answer(index, Header::about(Kind::DoneOk, transfer));
         }
         if let Some(outgoing) = self.outgoing.remove(&transfer) {
