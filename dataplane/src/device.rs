@@ -12,6 +12,8 @@ pub mod fault;
 pub mod pair;
 pub mod registrations;
 
+use std::os::fd::BorrowedFd;
+
 use arrayvec::ArrayVec;
 use serde::{Deserialize, Serialize};
 
@@ -157,4 +159,20 @@ pub trait Device {
 
     /// Whether the other end of the link is there, as far as the device knows.
     fn link_up(&self) -> bool;
+
+    /// A descriptor that an epoll set reports, edge-triggered, when frames
+    /// arrive while [`Device::arm_rx`] is on; `None` without
+    /// [`Capabilities::rx_interrupt`]. The same one for as long as the device is open.
+    fn rx_event(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
+
+    /// Turns the reports of [`Device::rx_event`] on or off; returns whether
+    /// they are on. Frames that are there already are not reported: look once
+    /// more before sleeping. Off while an engine polls, as reports cost the
+    /// sender a system call.
+    fn arm_rx(&mut self, on: bool) -> bool {
+        let _ = on;
+        false
+    }
 }

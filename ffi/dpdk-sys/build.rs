@@ -91,6 +91,7 @@ fn bind(dpdk: &Dpdk) {
         .allowlist_function("rte_mempool_(free|avail_count)")
         .allowlist_function("rte_eth_(rx|tx)_queue_setup")
         .allowlist_function("rte_eth_tx_done_cleanup")
+        .allowlist_function("rte_eth_dev_rx_intr_(enable|disable|ctl_q_get_fd)")
         .allowlist_function("rte_eth_(macaddr_get|link_get_nowait|stats_get)")
         .allowlist_function("rte_eth_dev_(info_get|configure|start|stop|close|set_mtu|get_mtu)")
         .allowlist_function("rte_eth_dev_(adjust_nb_rx_tx_desc|get_port_by_name|socket_id)")

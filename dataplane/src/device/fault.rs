@@ -7,6 +7,7 @@
 #![forbid(unsafe_code)]
 
 use std::collections::VecDeque;
+use std::os::fd::BorrowedFd;
 
 use super::{AttachError, Attachment, Capabilities, Counters, Device, TxFrame};
 use crate::ledger::Copies;
@@ -155,5 +156,14 @@ impl<D: Device> Device for FaultyDevice<D> {
 
     fn link_up(&self) -> bool {
         self.inner.link_up()
+    }
+
+    fn rx_event(&self) -> Option<BorrowedFd<'_>> {
+        self.inner.rx_event()
+    }
+
+    fn arm_rx(&mut self, on: bool) -> bool {
+        // What is held back comes out by being polled for.
+        self.inner.arm_rx(on && self.held.is_empty())
     }
 }

@@ -1,6 +1,7 @@
 //! A port of the driver library as a [`Device`].
 
 use std::mem::MaybeUninit;
+use std::os::fd::BorrowedFd;
 use std::ptr::NonNull;
 use std::sync::Arc;
 
@@ -68,8 +69,7 @@ impl Port {
             tx_external: info.has(abi::CAP_TX_EXTERNAL),
             // The port may be able to, but a `TxFrame` cannot ask for it.
             tx_udp_checksum: false,
-            // Nor is there a way to wait for one.
-            rx_interrupt: false,
+            rx_interrupt: info.has(abi::CAP_RX_INTERRUPT),
             driver_copies_tx: info.has(abi::CAP_DRIVER_COPIES_TX),
             driver_copies_rx: info.has(abi::CAP_DRIVER_COPIES_RX),
             rx_descriptors: info.rx_descriptors,
@@ -313,6 +313,26 @@ impl Device for Port {
     fn link_up(&self) -> bool {
         // SAFETY: an open port.
         unsafe { (self.library.api().port_link)(self.raw.as_ptr()) == 1 }
+    }
+
+    fn rx_event(&self) -> Option<BorrowedFd<'_>> {
+        if !self.capabilities.rx_interrupt {
+            return None;
+        }
+        // SAFETY: an open port.
+        let fd = unsafe { (self.library.api().rx_wait_fd)(self.raw.as_ptr()) };
+        // SAFETY: the port's own and open until the port is closed, which takes
+        // it by value.
+        (fd >= 0).then(|| unsafe { BorrowedFd::borrow_raw(fd) })
+    }
+
+    fn arm_rx(&mut self, on: bool) -> bool {
+        if !self.capabilities.rx_interrupt {
+            return false;
+        }
+        // SAFETY: an open port, not in a burst function.
+        let status = unsafe { (self.library.api().rx_interrupt)(self.raw.as_ptr(), u32::from(on)) };
+        on && status == abi::STATUS_OK
     }
 }
 

@@ -1,33 +1,65 @@
-//! What an engine does when it finds nothing to do: spin, then sleep.
+//! What an engine does when it finds nothing to do: spin, pause, then sleep.
 //!
 //! A polling engine answers fastest, but an agent is idle most of its life. So
-//! an engine spins for as long as an answer is likely, then sleeps on its
-//! command ring in steps that grow while nothing happens.
+//! an engine spins for as long as an answer is likely, then pauses between
+//! polls, then sleeps: on its commands and its device's receive interrupt where
+//! there is one, in short timed steps where there is none.
+//!
+//! ```text
+//! Spin ─20 µs─→ Pause ─200 µs─→ Sleep ─work─→ Spin
+//! ```
 
 #![forbid(unsafe_code)]
 
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
 
 use genie_proto::Time;
+use rustix::event::epoll::{self, CreateFlags, Event, EventData, EventFlags};
+use rustix::event::{PollFd, PollFlags, Timespec};
 
-use super::ring::Receiver;
+/// A round trip through the fastest devices several times over.
+const SPIN: Duration = Duration::from_micros(20);
 
 /// Longer than a round trip through two busy machines, so that an engine does
 /// not sleep in the middle of a transfer.
-const SPIN: Duration = Duration::from_micros(200);
+const PAUSE: Duration = Duration::from_micros(200);
 
-/// First sleep: no longer than what a scheduler adds anyway.
-const SLEEP_FIRST: Duration = Duration::from_micros(50);
+/// Pauses between two polls: some hundred nanoseconds, in which a sibling
+/// hyper-thread has the core to itself.
+const PAUSES: u32 = 8;
 
-/// Last sleep. A device without interrupts is looked at this often when idle:
-/// one look costs some microseconds, so less than 1 % of a core.
-const SLEEP_MOST: Duration = Duration::from_millis(1);
+/// First sleep on a device without interrupts: no longer than what a scheduler
+/// adds anyway.
+const STEP_FIRST: Duration = Duration::from_micros(50);
+
+/// Last sleep on a device without interrupts. A look costs some microseconds,
+/// a wake-up as many: 2 % of a core.
+const STEP_MOST: Duration = Duration::from_micros(500);
+
+/// The longest sleep on a receive interrupt. Nothing is waited for but what is
+/// reported; this bounds what a report that a restarting peer swallowed costs.
+const SLEEP_MOST: Duration = Duration::from_millis(100);
+
+/// What is left to do in an iteration that found no work.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Rest {
+    /// Poll again.
+    Poll,
+    /// Sleep for at most so long without an interrupt, or so long with one.
+    Sleep {
+        /// Where nothing reports frames.
+        unreported: Duration,
+        /// Where the device does.
+        reported: Duration,
+    },
+}
 
 /// How long an engine has been idle, and what follows from it.
 #[derive(Debug)]
 pub(super) struct Idle {
     since: Option<Time>,
-    sleep: Duration,
+    step: Duration,
 }
 
 impl Idle {
@@ -35,39 +67,148 @@ impl Idle {
     pub(super) fn new() -> Self {
         Self {
             since: None,
-            sleep: SLEEP_FIRST,
+            step: STEP_FIRST,
         }
     }
 
-    /// Called once an iteration. Sleeps on `commands`, not beyond `deadline`,
-    /// if the engine has had nothing to do for long enough.
-    pub(super) fn rest<T>(
-        &mut self,
-        busy: bool,
-        now: Time,
-        deadline: Option<Time>,
-        commands: &mut Receiver<T>,
-    ) {
+    /// Called once an iteration: what an engine may do now whose next timer is
+    /// at `deadline`.
+    pub(super) fn next(&mut self, busy: bool, now: Time, deadline: Option<Time>) -> Rest {
         if busy {
             *self = Self::new();
-            return;
+            return Rest::Poll;
         }
         let since = *self.since.get_or_insert(now);
-        if now.since(since) < SPIN {
-            std::hint::spin_loop();
-            return;
+        let idle = now.since(since);
+        if idle < PAUSE {
+            let pauses = if idle < SPIN { 1 } else { PAUSES };
+            (0..pauses).for_each(|_| std::hint::spin_loop());
+            return Rest::Poll;
         }
-        let until_deadline = deadline.map_or(SLEEP_MOST, |at| at.since(now));
-        let sleep = self.sleep.min(until_deadline);
-        if !sleep.is_zero() {
-            commands.wait(sleep);
+        let until = deadline.map_or(SLEEP_MOST, |at| at.since(now));
+        let step = self.step;
+        self.step = (step * 2).min(STEP_MOST);
+        if until.is_zero() {
+            return Rest::Poll;
         }
-        self.sleep = (self.sleep * 2).min(SLEEP_MOST);
+        Rest::Sleep {
+            unreported: step.min(until),
+            reported: SLEEP_MOST.min(until),
+        }
     }
 }
 
-impl Default for Idle {
-    fn default() -> Self {
-        Self::new()
+/// What a thread sleeps on: the bell of its commands, and frames.
+#[derive(Debug, Default)]
+pub(super) struct Bed {
+    /// Holds the device's descriptor, edge-triggered: drivers do not clear it.
+    frames: Option<OwnedFd>,
+}
+
+impl Bed {
+    /// For a device that reports frames on `rx_event`, if it does.
+    pub(super) fn new(rx_event: Option<BorrowedFd<'_>>) -> rustix::io::Result<Self> {
+        let Some(event) = rx_event else {
+            return Ok(Self { frames: None });
+        };
+        let frames = epoll::create(CreateFlags::CLOEXEC)?;
+        let flags = EventFlags::IN | EventFlags::ET;
+        epoll::add(&frames, event, EventData::new_u64(0), flags)?;
+        Ok(Self {
+            frames: Some(frames),
+        })
+    }
+
+    /// Whether frames are reported at all.
+    pub(super) fn has_frames(&self) -> bool {
+        self.frames.is_some()
+    }
+
+    /// Sleeps until `bell` is readable, a frame is reported, or `limit` is over.
+    pub(super) fn sleep(&self, bell: impl AsFd, limit: Duration) {
+        let limit = Timespec::try_from(limit).ok();
+        let bell = PollFd::new(&bell, PollFlags::IN);
+        // EINTR only ends the sleep early; callers look for work again.
+        match &self.frames {
+            None => drop(rustix::event::poll(&mut [bell], limit.as_ref())),
+            Some(frames) => {
+                let frames_fd = PollFd::new(frames, PollFlags::IN);
+                let _ = rustix::event::poll(&mut [bell, frames_fd], limit.as_ref());
+                self.clear();
+            }
+        }
+    }
+
+    /// Takes a report, so that the next one is news.
+    fn clear(&self) {
+        if let Some(frames) = &self.frames {
+            let mut events = [Event {
+                flags: EventFlags::empty(),
+                data: EventData::new_u64(0),
+            }];
+            let _ = epoll::wait(frames, &mut events, Some(&Timespec::default()));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Instant;
+
+    const MS: u64 = 1_000_000;
+
+    #[test]
+    fn an_engine_spins_then_sleeps_longer_and_work_wakes_it() {
+        let mut idle = Idle::new();
+        assert_eq!(idle.next(false, Time(MS), None), Rest::Poll);
+        assert_eq!(idle.next(false, Time(MS + 199_999), None), Rest::Poll);
+        let sleep = |unreported| Rest::Sleep {
+            unreported,
+            reported: SLEEP_MOST,
+        };
+        assert_eq!(idle.next(false, Time(2 * MS), None), sleep(STEP_FIRST));
+        assert_eq!(idle.next(false, Time(3 * MS), None), sleep(STEP_FIRST * 2));
+        for _ in 0..9 {
+            idle.next(false, Time(3 * MS), None);
+        }
+        assert_eq!(idle.next(false, Time(4 * MS), None), sleep(STEP_MOST));
+        assert_eq!(idle.next(true, Time(5 * MS), None), Rest::Poll);
+        assert_eq!(idle.next(false, Time(6 * MS), None), Rest::Poll);
+    }
+
+    #[test]
+    fn no_sleep_goes_beyond_the_deadline() {
+        let mut idle = Idle::new();
+        idle.next(false, Time(0), None);
+        let at = Time(MS + 10_000);
+        let limit = Duration::from_micros(10);
+        assert_eq!(
+            idle.next(false, Time(MS), Some(at)),
+            Rest::Sleep {
+                unreported: limit,
+                reported: limit
+            }
+        );
+        assert_eq!(idle.next(false, Time(2 * MS), Some(at)), Rest::Poll);
+    }
+
+    #[test]
+    fn every_report_ends_a_sleep_though_nobody_reads_the_descriptor() {
+        use rustix::event::EventfdFlags;
+        let eventfd = || rustix::event::eventfd(0, EventfdFlags::NONBLOCK).unwrap();
+        let (bell, frames) = (eventfd(), eventfd());
+        let bed = Bed::new(Some(frames.as_fd())).unwrap();
+        let limit = Duration::from_secs(60);
+        for _ in 0..3 {
+            rustix::io::write(&frames, &1u64.to_ne_bytes()).unwrap();
+            let start = Instant::now();
+            bed.sleep(&bell, limit);
+            assert!(start.elapsed() < limit / 2, "the report was missed");
+            // Level-triggered it would be reported for ever.
+            let start = Instant::now();
+            bed.sleep(&bell, Duration::from_millis(20));
+            assert!(start.elapsed() >= Duration::from_millis(20));
+        }
     }
 }

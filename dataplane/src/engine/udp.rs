@@ -16,7 +16,7 @@ use genie_proto::{SessionId, Time, wire};
 use serde::{Deserialize, Serialize};
 
 use super::frame::{self, Head, Parsed};
-use super::idle::Idle;
+use super::idle::{Bed, Idle, Rest};
 use super::link::Link;
 use super::{Command, Completion, FailReason, OpenError, OperationId, Outbox, Receiver, Status};
 use crate::device::{BURST_MAX, Device, HEAD_MAX, TxFrame};
@@ -108,7 +108,14 @@ where
             Err(error) => return drop(opened.send(Err(error))),
         };
         lower_priority(config.nice);
-        let engine = Engine::new(config, device, ports, engine_status);
+        let bed = match Bed::new(device.rx_event()) {
+            Ok(bed) => bed,
+            Err(errno) => {
+                tracing::warn!(%errno, "cannot wait for the device's interrupts: sleeping in short steps");
+                Bed::default()
+            }
+        };
+        let engine = Engine::new(config, device, bed, ports, engine_status);
         let _ = opened.send(Ok(engine.local()));
         engine.run();
     };
@@ -141,6 +148,7 @@ fn lower_priority(nice: i32) {
 
 struct Engine<D> {
     device: D,
+    bed: Bed,
     commands: Receiver<Command>,
     core: Core,
 }
@@ -187,7 +195,7 @@ const ANSWERS_MAX: usize = 64;
 const ANSWERS_BURST: usize = 8;
 
 impl<D: Device> Engine<D> {
-    fn new(config: Config, device: D, ports: EnginePorts, status: Status) -> Self {
+    fn new(config: Config, device: D, bed: Bed, ports: EnginePorts, status: Status) -> Self {
         let link = Link::new(device.capabilities().mac, config.addresses.clone());
         let core = Core {
             config,
@@ -207,6 +215,7 @@ impl<D: Device> Engine<D> {
         };
         Self {
             device,
+            bed,
             commands: ports.commands,
             core,
         }
@@ -233,8 +242,39 @@ impl<D: Device> Engine<D> {
             busy |= self.transmit(now);
             self.settle(now);
             self.publish(now);
-            idle.rest(busy, now, self.next_deadline(), &mut self.commands);
+            let rest = idle.next(busy, now, self.next_deadline());
+            if let Rest::Sleep {
+                unreported,
+                reported,
+            } = rest
+                && self.sleep(unreported, reported)
+            {
+                idle = Idle::new();
+            }
         }
+    }
+
+    /// Sleeps until there is a command or a frame, `reported` long where the
+    /// device tells of frames, `unreported` long where something has to be
+    /// looked for. Returns whether it found frames instead.
+    fn sleep(&mut self, unreported: Duration, reported: Duration) -> bool {
+        if !self.commands.prepare_sleep() {
+            return false;
+        }
+        let mut found = false;
+        if self.core.is_waiting_for_device() || !self.bed.has_frames() || !self.device.arm_rx(true)
+        {
+            self.bed.sleep(&self.commands, unreported);
+        } else {
+            // What came before the interrupts were on is not reported.
+            found = self.receive(self.core.now());
+            if !found {
+                self.bed.sleep(&self.commands, reported);
+            }
+            self.device.arm_rx(false);
+        }
+        self.commands.finish_sleep();
+        found
     }
 
     fn is_finished(&self) -> bool {
@@ -445,6 +485,14 @@ fn credit(rx_descriptors: u16) -> u16 {
 }
 
 impl Core {
+    /// Whether there is something to send or to reap, of which no interrupt tells.
+    fn is_waiting_for_device(&self) -> bool {
+        self.sent < self.frames.len()
+            || !self.answers.is_empty()
+            || !self.outbox.is_empty()
+            || self.sessions.values().any(Session::is_detaching)
+    }
+
     fn now(&self) -> Time {
         Time(self.started.elapsed().as_nanos() as u64)
     }

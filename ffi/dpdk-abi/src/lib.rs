@@ -21,7 +21,7 @@ use core::ffi::{c_char, c_void};
 pub const SYMBOL: &str = "genie_dpdk_api";
 
 /// Version of the layout; checked before anything behind it is touched.
-pub const ABI_VERSION: u32 = 1;
+pub const ABI_VERSION: u32 = 2;
 
 /// Version of the workspace and a hash of this file.
 pub const BUILD_ID: &str = env!("GENIE_DPDK_BUILD_ID");
@@ -108,7 +108,7 @@ pub const CAP_TX_MULTI_SEG: u64 = 1 << 0;
 pub const CAP_TX_EXTERNAL: u64 = 1 << 1;
 /// Attached memory must be registered first: the device reaches it by DMA.
 pub const CAP_NEEDS_REGISTRATION: u64 = 1 << 2;
-/// The device can wake a thread when a frame arrives.
+/// The device can wake a thread when a frame arrives; see [`Api::rx_wait_fd`].
 pub const CAP_RX_INTERRUPT: u64 = 1 << 3;
 /// The device can fill in IPv4 header checksums.
 pub const CAP_TX_IPV4_CHECKSUM: u64 = 1 << 4;
@@ -257,6 +257,16 @@ pub struct Api {
     pub mem_register: unsafe extern "C" fn(*mut Port, *mut u8, u64, u64, *mut Text) -> i32,
     /// Undoes [`Api::mem_register`].
     pub mem_unregister: unsafe extern "C" fn(*mut Port, *mut u8, u64, *mut Text) -> i32,
+    /// A descriptor for an epoll set, edge-triggered: it is reported when
+    /// frames arrive while interrupts are on. The port's own, valid until it is
+    /// closed, never read or closed by the caller. Negative without
+    /// [`CAP_RX_INTERRUPT`].
+    pub rx_wait_fd: unsafe extern "C" fn(*const Port) -> i32,
+    /// Turns receive interrupts on (1) or off (0). On means that frames which
+    /// arrive from now on are reported; those that are there already are not,
+    /// so a burst must find none before a thread sleeps. Fails while there is
+    /// nobody at the other end.
+    pub rx_interrupt: unsafe extern "C" fn(*mut Port, u32) -> i32,
 }
 
 impl Text {
@@ -321,7 +331,7 @@ assert_layout! {
     RxFrame: 24, 8;
     TxFrame: 32, 8;
     PortStats: 80, 8;
-    Api: 160, 8;
+    Api: 176, 8;
 }
 
 #[cfg(test)]

@@ -56,6 +56,8 @@ pub extern "C" fn genie_dpdk_api() -> *const Api {
             ext_detach,
             mem_register,
             mem_unregister,
+            rx_wait_fd,
+            rx_interrupt,
         })
     };
     guard(std::ptr::null(), || &raw const TABLE.get_or_init(make).0)
@@ -359,5 +361,28 @@ unsafe extern "C" fn mem_unregister(
             Ok(()) => STATUS_OK,
             Err(errno) => refuse(text, &errno, errno.status()),
         }
+    })
+}
+
+unsafe extern "C" fn rx_wait_fd(port: *const PortHandle) -> i32 {
+    guard(STATUS_PANIC, || {
+        // SAFETY: a live handle, by the ABI.
+        let port = unsafe { port_ref(port) };
+        port.queues
+            .rx_wait_fd()
+            .unwrap_or_else(|| Errno::NOTSUP.status())
+    })
+}
+
+unsafe extern "C" fn rx_interrupt(port: *mut PortHandle, on: u32) -> i32 {
+    guard(STATUS_PANIC, || {
+        // SAFETY: a live handle, by the ABI.
+        let port = unsafe { port_mut(port) };
+        if !port.is_running() {
+            return Errno::NODEV.status();
+        }
+        port.queues
+            .set_rx_interrupt(on != 0)
+            .map_or_else(Errno::status, |()| STATUS_OK)
     })
 }

@@ -136,49 +136,21 @@ impl Port {
             });
         }
         let caps = capabilities(&raw, traits);
-        configure(port, &raw, caps, traits, options.mtu).map_err(failed("configuring it"))?;
-        let (mut rx_descriptors, mut tx_descriptors) =
-            (options.rx_descriptors, options.tx_descriptors);
-        // SAFETY: a configured port; both are ours and written.
-        let status = unsafe {
-            sys::rte_eth_dev_adjust_nb_rx_tx_desc(port, &mut rx_descriptors, &mut tx_descriptors)
+        let set_up_with = |caps| set_up(port, &raw, caps, traits, options);
+        let without = caps & !abi::CAP_RX_INTERRUPT;
+        let (caps, set_up) = match set_up_with(caps) {
+            // Rather no interrupts than no port.
+            Err(_) if without != caps => (without, set_up_with(without)),
+            done => (caps, done),
         };
-        Errno::check(status).map_err(failed("choosing descriptors"))?;
-
-        // SAFETY: a valid port.
-        let numa_node = unsafe { sys::rte_eth_dev_socket_id(port) };
-        let max_frame = u32::from(options.mtu) + ETHERNET_HEADER;
-        // Twice the cache, as each of the threads that come to use it keeps
-        // up to one and a half times that many to itself.
-        let spare = options.spare_mbufs + 2 * sys::GENIE_MBUF_CACHE;
-        let rx_count = u32::from(rx_descriptors) + spare;
-        let tx_count = 2 * u32::from(tx_descriptors) + spare;
-        let room = (max_frame + FRAME_SLACK).max(raw.min_rx_bufsize);
-        let pool = |count| Mempool::new(count, room, numa_node);
-        let rx_pool = pool(rx_count).map_err(failed("making its receive buffers"))?;
-        let tx_pool = pool(tx_count).map_err(failed("making its transmit buffers"))?;
-
-        // SAFETY: configured; the pool outlives the port; null means defaults.
-        let status = unsafe {
-            let node = numa_node as u32;
-            sys::rte_eth_rx_queue_setup(
-                port,
-                0,
-                rx_descriptors,
-                node,
-                std::ptr::null(),
-                rx_pool.as_ptr(),
-            )
-        };
-        Errno::check(status).map_err(failed("setting its receive queue up"))?;
-        // SAFETY: as above.
-        let status = unsafe {
-            sys::rte_eth_tx_queue_setup(port, 0, tx_descriptors, numa_node as u32, std::ptr::null())
-        };
-        Errno::check(status).map_err(failed("setting its transmit queue up"))?;
-        // SAFETY: configured, and its queues are set up.
-        let status = unsafe { sys::rte_eth_dev_start(port) };
-        Errno::check(status).map_err(failed("starting it"))?;
+        let Setup {
+            rx_descriptors,
+            tx_descriptors,
+            numa_node,
+            max_frame,
+            rx_pool,
+            tx_pool,
+        } = set_up.map_err(|(step, errno)| failed(step)(errno))?;
         // For neighbour discovery. Devices without filters have no such
         // function and let everything in.
         // SAFETY: a started port.
@@ -192,7 +164,7 @@ impl Port {
         };
         let caps = if reaps { caps | abi::CAP_TX_REAP } else { caps };
 
-        let info = abi::PortInfo {
+        let mut info = abi::PortInfo {
             driver: fixed(&driver),
             mac: mac(port).map_err(failed("reading its address"))?,
             mtu: options.mtu,
@@ -215,6 +187,9 @@ impl Port {
         // SAFETY: the port was started just now and is nobody else's; pool and
         // attachments are dropped after the queues, see the order of fields.
         let queues = unsafe { QueuePair::new(port, mode) };
+        if queues.rx_wait_fd().is_none() {
+            info.caps &= !abi::CAP_RX_INTERRUPT;
+        }
         Ok(Self {
             queues,
             device,
@@ -433,6 +408,71 @@ fn capabilities(info: &sys::rte_eth_dev_info, traits: Traits) -> u64 {
     .fold(0, |set, (bit, _)| set | bit)
 }
 
+/// What a started port was given.
+struct Setup {
+    rx_descriptors: u16,
+    tx_descriptors: u16,
+    numa_node: i32,
+    max_frame: u32,
+    rx_pool: Mempool,
+    tx_pool: Mempool,
+}
+
+/// Configures a port, gives it queues and buffers, and starts it. An error
+/// comes with the step that failed.
+fn set_up(
+    port: u16,
+    raw: &sys::rte_eth_dev_info,
+    caps: u64,
+    traits: Traits,
+    options: &PortOptions,
+) -> Result<Setup, (&'static str, Errno)> {
+    let failed = |step| move |errno| (step, errno);
+    configure(port, raw, caps, traits, options.mtu).map_err(failed("configuring it"))?;
+    let (mut rx_descriptors, mut tx_descriptors) = (options.rx_descriptors, options.tx_descriptors);
+    // SAFETY: a configured port; both are ours and written.
+    let status = unsafe {
+        sys::rte_eth_dev_adjust_nb_rx_tx_desc(port, &mut rx_descriptors, &mut tx_descriptors)
+    };
+    Errno::check(status).map_err(failed("choosing descriptors"))?;
+
+    // SAFETY: a valid port.
+    let numa_node = unsafe { sys::rte_eth_dev_socket_id(port) };
+    let max_frame = u32::from(options.mtu) + ETHERNET_HEADER;
+    // Twice the cache, as each of the threads that come to use it keeps
+    // up to one and a half times that many to itself.
+    let spare = options.spare_mbufs + 2 * sys::GENIE_MBUF_CACHE;
+    let rx_count = u32::from(rx_descriptors) + spare;
+    let tx_count = 2 * u32::from(tx_descriptors) + spare;
+    let room = (max_frame + FRAME_SLACK).max(raw.min_rx_bufsize);
+    let pool = |count| Mempool::new(count, room, numa_node);
+    let rx_pool = pool(rx_count).map_err(failed("making its receive buffers"))?;
+    let tx_pool = pool(tx_count).map_err(failed("making its transmit buffers"))?;
+
+    let node = numa_node as u32;
+    // SAFETY: configured; the pool outlives the port; null means defaults.
+    let status = unsafe {
+        let defaults = std::ptr::null();
+        sys::rte_eth_rx_queue_setup(port, 0, rx_descriptors, node, defaults, rx_pool.as_ptr())
+    };
+    Errno::check(status).map_err(failed("setting its receive queue up"))?;
+    // SAFETY: as above.
+    let status =
+        unsafe { sys::rte_eth_tx_queue_setup(port, 0, tx_descriptors, node, std::ptr::null()) };
+    Errno::check(status).map_err(failed("setting its transmit queue up"))?;
+    // SAFETY: configured, and its queues are set up.
+    let status = unsafe { sys::rte_eth_dev_start(port) };
+    Errno::check(status).map_err(failed("starting it"))?;
+    Ok(Setup {
+        rx_descriptors,
+        tx_descriptors,
+        numa_node,
+        max_frame,
+        rx_pool,
+        tx_pool,
+    })
+}
+
 fn configure(
     port: u16,
     info: &sys::rte_eth_dev_info,
@@ -451,6 +491,9 @@ fn configure(
     }
     if wants_link_interrupt(info) {
         config.intr_conf.set_lsc(1);
+    }
+    if caps & abi::CAP_RX_INTERRUPT != 0 {
+        config.intr_conf.set_rxq(1);
     }
     // SAFETY: an attached port that is not started; `config` is read.
     Errno::check(unsafe { sys::rte_eth_dev_configure(port, 1, 1, &config) })?;

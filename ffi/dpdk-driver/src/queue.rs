@@ -98,6 +98,26 @@ impl QueuePair {
         }
     }
 
+    /// The descriptor that tells of frames while interrupts are on, if the port
+    /// was configured for that.
+    pub(crate) fn rx_wait_fd(&self) -> Option<i32> {
+        // SAFETY: a valid port; a queue without interrupts has none.
+        let fd = unsafe { sys::rte_eth_dev_rx_intr_ctl_q_get_fd(self.port, QUEUE) };
+        (fd >= 0).then_some(fd)
+    }
+
+    /// Turns receive interrupts on or off.
+    pub(crate) fn set_rx_interrupt(&mut self, on: bool) -> Result<(), Errno> {
+        let status = if on {
+            // SAFETY: the port is started (see `new`).
+            unsafe { sys::rte_eth_dev_rx_intr_enable(self.port, QUEUE) }
+        } else {
+            // SAFETY: as above.
+            unsafe { sys::rte_eth_dev_rx_intr_disable(self.port, QUEUE) }
+        };
+        Errno::check(status).map(drop)
+    }
+
     /// Frames kept for want of room in the ring.
     pub(crate) fn pending(&self) -> usize {
         self.pending.len()

@@ -50,6 +50,7 @@ pub(crate) fn run(devargs: &str, no_huge: bool) -> ! {
             ("receive", [count]) => peer.receive(*count, PATIENCE),
             ("drain", []) => peer.receive(usize::MAX, QUIET),
             ("poll", [millis]) => peer.poll(Duration::from_millis(*millis as u64)),
+            ("doze", [millis]) => peer.doze(Duration::from_millis(*millis as u64)),
             ("stray", []) => peer.stray(),
             ("stats", []) => peer.stats(),
             ("detach", []) => peer.detach(),
@@ -272,6 +273,36 @@ impl Peer {
             unsafe { (self.api.tx_reap)(self.port) };
         }
         answer(&format!("polled {count} bad {bad}"));
+    }
+
+    /// Sleeps until the port reports a frame, at most so long.
+    fn doze(&mut self, limit: Duration) {
+        use rustix::event::{Timespec, epoll};
+        // SAFETY: an open port.
+        let fd = unsafe { (self.api.rx_wait_fd)(self.port) };
+        assert!(fd >= 0, "no descriptor: {fd}");
+        // SAFETY: the port's own, and it stays open.
+        let fd = unsafe { std::os::fd::BorrowedFd::borrow_raw(fd) };
+        let set = epoll::create(epoll::CreateFlags::CLOEXEC).unwrap();
+        let flags = epoll::EventFlags::IN | epoll::EventFlags::ET;
+        epoll::add(&set, fd, epoll::EventData::new_u64(0), flags).unwrap();
+        let mut events = Vec::with_capacity(1);
+        // What was reported before is not news.
+        let buffer = rustix::buffer::spare_capacity(&mut events);
+        epoll::wait(&set, buffer, Some(&Timespec::default())).unwrap();
+        // SAFETY: an open port.
+        let status = unsafe { (self.api.rx_interrupt)(self.port, 1) };
+        assert_eq!(status, STATUS_OK);
+        let there = self.burst().0;
+        answer(&format!("dozing {there}"));
+        events.clear();
+        let buffer = rustix::buffer::spare_capacity(&mut events);
+        let limit = Timespec::try_from(limit).unwrap();
+        let woken = epoll::wait(&set, buffer, Some(&limit)).unwrap();
+        // SAFETY: an open port.
+        let status = unsafe { (self.api.rx_interrupt)(self.port, 0) };
+        assert_eq!(status, STATUS_OK);
+        answer(&format!("woken {woken}"));
     }
 
     fn raw_stats(&self) -> PortStats {

@@ -10,7 +10,7 @@ const HUGE_PAGES: usize = 300;
 
 type Test = (&'static str, fn(&Path));
 
-const TESTS: [Test; 10] = [
+const TESTS: [Test; 11] = [
     (
         "frames_of_all_kinds_arrive_intact_both_ways",
         frames_of_all_kinds,
@@ -19,6 +19,7 @@ const TESTS: [Test; 10] = [
         "no_packet_buffer_is_lost_in_100k_frames",
         no_packet_buffer_is_lost,
     ),
+    ("a_frame_wakes_a_thread_that_sleeps", frame_wakes),
     ("strays_are_taken_dropped_and_counted", strays),
     ("attached_memory_is_free_again_after_reap", attached_memory),
     ("a_killed_vhost_comes_back", killed_vhost),
@@ -219,6 +220,28 @@ fn frames_of_all_kinds(folder: &Path) {
     // The one side cannot refer to memory outside DPDK's and says what it copied.
     assert_eq!(a.stat("copied"), 3000 * (1 + 8192 + 8920 + 7514));
     assert_eq!(b.stat("copied"), 0);
+    a.close();
+    b.close();
+}
+
+/// Interrupts are reported while they are on, each time, and otherwise not.
+fn frame_wakes(folder: &Path) {
+    let (mut a, mut b) = pair(folder);
+    let wake = |from: &mut Peer, to: &mut Peer| {
+        for _ in 0..3 {
+            assert_eq!(to.ask("doze 10000"), "dozing 0");
+            from.ask("send 1 64 0");
+            assert_eq!(to.answer(), "woken 1");
+            assert!(to.ask("receive 1").starts_with("received 1 bad 0"));
+        }
+        assert_eq!(to.ask("doze 200"), "dozing 0");
+        assert_eq!(to.answer(), "woken 0");
+        // Off: nothing is reported, and nothing later is taken for it.
+        from.ask("send 1 64 0");
+        assert!(to.ask("receive 1").starts_with("received 1 bad 0"));
+    };
+    wake(&mut a, &mut b);
+    wake(&mut b, &mut a);
     a.close();
     b.close();
 }
