@@ -19,7 +19,7 @@ pub struct Arena {
 }
 
 /// A tensor in memory that the agent can put it from. Clones share the bytes,
-/// which are free again when the last one is dropped.
+/// which are free again when the last one, and the last lease of them, are dropped.
 #[derive(Clone, Debug)]
 pub struct Tensor {
     info: TensorInfo,
@@ -30,7 +30,7 @@ pub struct Tensor {
 struct Place {
     hold: Arc<Hold>,
     /// None of memory that this process has not mapped.
-    block: Option<Arc<Block>>,
+    block: Option<Block>,
     /// First byte in the arena.
     offset: u64,
     len: u64,
@@ -131,7 +131,7 @@ impl Arena {
             shape: shape.to_vec(),
         };
         let len = info.len_bytes()?;
-        let block = Arc::new(self.memory.allocate(to_usize(len))?);
+        let block = self.memory.allocate(to_usize(len))?;
         let offset = block.offset() as u64;
         let place = self.place(block, offset, len);
         Ok(Tensor { info, place })
@@ -146,11 +146,11 @@ impl Arena {
         let total = lengths
             .iter()
             .fold(0u64, |sum, len| sum.saturating_add(*len));
-        let block = Arc::new(self.memory.allocate(to_usize(total))?);
+        let block = self.memory.allocate(to_usize(total))?;
         let lease = block.lease();
         let mut offset = block.offset() as u64;
         let tensor = |(info, len): (TensorInfo, u64)| {
-            let place = self.place(Arc::clone(&block), offset, len);
+            let place = self.place(block.clone(), offset, len);
             offset += len;
             Tensor { info, place }
         };
@@ -178,7 +178,7 @@ impl Arena {
         self.reason.as_deref()
     }
 
-    fn place(&self, block: Arc<Block>, offset: u64, len: u64) -> Place {
+    fn place(&self, block: Block, offset: u64, len: u64) -> Place {
         Place {
             hold: Arc::clone(&self.hold),
             block: Some(block),

@@ -2,8 +2,9 @@
 //!
 //! Used by applications, which allocate in memory that they share with their
 //! agent without asking it, and by whoever else cuts a region into tensors.
-//! The invariant: *two blocks never overlap, and what is freed joins its
-//! neighbours*, so that an arena whose blocks are all gone is whole again.
+//! The invariant: *two blocks never overlap, bytes that a lease holds are not
+//! free, and what is freed joins its neighbours*, so that nobody writes into a
+//! transfer that has not ended, and an arena whose blocks are all gone is whole.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -21,10 +22,16 @@ pub struct Arena {
     inner: Arc<Inner>,
 }
 
-/// Some bytes of an arena, freed on drop; they may still be read through
-/// leases, but will be somebody else's.
-#[derive(Debug)]
+/// Some bytes of an arena. Clones share them; they are free again when the last
+/// clone and the last lease of them are gone.
+#[derive(Clone, Debug)]
 pub struct Block {
+    used: Arc<Used>,
+}
+
+/// Bytes that are not free, for as long as a block or a lease holds this.
+#[derive(Debug)]
+pub(super) struct Used {
     arena: Arena,
     offset: usize,
     len: usize,
@@ -85,10 +92,10 @@ impl Arena {
     ///
     /// They hold whatever was there before. None at all is a block too.
     pub fn allocate(&self, len: usize) -> Result<Block, NoRoom> {
-        let block = |offset| Block {
-            arena: self.clone(),
-            offset,
-            len,
+        let block = |offset| {
+            let arena = self.clone();
+            let used = Arc::new(Used { arena, offset, len });
+            Block { used }
         };
         if len == 0 {
             return Ok(block(0));
@@ -116,29 +123,29 @@ impl Arena {
 impl Block {
     /// Offset of the first byte in the region.
     pub fn offset(&self) -> usize {
-        self.offset
+        self.used.offset
     }
 
     /// Length in bytes, as asked for.
     pub fn len(&self) -> usize {
-        self.len
+        self.used.len
     }
 
     /// Whether there are no bytes.
     pub fn is_empty(&self) -> bool {
-        self.len == 0
+        self.len() == 0
     }
 
-    /// A hold on the bytes; does not keep them from being allocated again once
-    /// the block is dropped.
+    /// A hold on the bytes, which keeps them from being allocated again.
     pub fn lease(&self) -> Lease {
-        let region = Arc::clone(self.arena.region());
-        Lease::new(region, self.offset as u64, self.len as u64)
+        let region = Arc::clone(self.used.arena.region());
+        Lease::new(region, self.offset() as u64, self.len() as u64)
             .expect("a block lies inside its region")
+            .keeping(Arc::clone(&self.used))
     }
 }
 
-impl Drop for Block {
+impl Drop for Used {
     fn drop(&mut self) {
         if let Some(room) = room(self.len).filter(|room| *room > 0) {
             self.arena.lock().give_back(self.offset, room);
@@ -213,6 +220,21 @@ mod tests {
         assert_eq!(refused.free, 4096 - 64 - 2048);
         assert!(arena.allocate(usize::MAX).is_err());
         assert!(arena.allocate(0).unwrap().is_empty());
+    }
+
+    #[test]
+    fn what_a_lease_holds_is_not_allocated_again() {
+        let arena = arena(4096);
+        let block = arena.allocate(4096).unwrap();
+        let (lease, clone) = (block.lease(), block.clone());
+        let part = lease.slice(100..101).unwrap();
+        drop(block);
+        drop(clone);
+        assert_eq!(arena.free_bytes(), 0, "a transfer may still read it");
+        drop(lease);
+        assert!(arena.allocate(1).is_err(), "one byte of it is held");
+        drop(part);
+        assert_eq!(arena.allocate(4096).unwrap().len(), 4096);
     }
 
     #[test]

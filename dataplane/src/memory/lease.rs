@@ -5,6 +5,7 @@ use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd};
 use std::sync::Arc;
 
+use super::arena::Used;
 use super::{Region, View, crc_of};
 
 /// A hold on a slice of a region; the bytes cannot be freed before it is dropped.
@@ -16,6 +17,8 @@ pub struct Lease {
     region: Arc<Region>,
     offset: usize,
     len: usize,
+    /// The block of an arena that it is part of.
+    used: Option<Arc<Used>>,
 }
 
 /// A slice that is not inside its region.
@@ -39,6 +42,7 @@ impl Lease {
                 region,
                 offset: offset as usize,
                 len: len as usize,
+                used: None,
             }),
             _ => Err(OutOfBounds {
                 offset,
@@ -55,7 +59,14 @@ impl Lease {
             region,
             offset: 0,
             len,
+            used: None,
         }
+    }
+
+    /// This lease, holding a block of an arena too.
+    pub(super) fn keeping(self, used: Arc<Used>) -> Self {
+        let used = Some(used);
+        Self { used, ..self }
     }
 
     /// Length in bytes.
@@ -92,6 +103,7 @@ impl Lease {
             region: Arc::clone(&self.region),
             offset: self.offset + range.start as usize,
             len: (range.end - range.start) as usize,
+            used: self.used.clone(),
         })
     }
 
