@@ -202,8 +202,9 @@ impl Application {
     }
 
     async fn import(&mut self) -> Result<(), ApplicationError> {
-        let Some(file) = take_descriptor(&self.stream).await? else {
-            return self.fail(MemoryError::NoDescriptor).await;
+        let file = match take_descriptor(&mut self.stream, &self.user).await? {
+            Ok(file) => file,
+            Err(error) => return self.fail(error).await,
         };
         let room = self.room(Memory::Auto);
         let import = async move {
@@ -222,8 +223,9 @@ impl Application {
         bytes: u64,
         memory: Memory,
     ) -> Result<(), ApplicationError> {
-        let Some(file) = take_descriptor(&self.stream).await? else {
-            return self.fail(MemoryError::NoDescriptor).await;
+        let file = match take_descriptor(&mut self.stream, &self.user).await? {
+            Ok(file) => file,
+            Err(error) => return self.fail(error).await,
         };
         let (node, room, progress) = (
             Arc::clone(&self.node),
@@ -231,22 +233,16 @@ impl Application {
             Progress::default(),
         );
         let (told, shown) = (progress.clone(), progress.clone());
-        // The thread cannot be stopped: it is told when nobody waits any more,
-        // and on a file system that hangs it counts as a connection for so long.
-        let thread = match self.user.connection() {
-            Ok(charge) => charge,
-            Err(error) => {
-                return self
-                    .fail(TransferError::from(AllocateError::from(error)))
-                    .await;
-            }
-        };
         let read = async move {
+            // The thread cannot be stopped: it is told when nobody waits any more.
             let _given_up = told.give_up_on_drop();
-            let _busy = node.begin().ok_or(TransferError::Stopping)?;
+            let busy = node.begin();
+            let stopping = busy.is_none();
             let read = move || {
-                let _thread = thread;
-                memory::read(&file, offset, bytes, &room, &progress)
+                if stopping {
+                    return Err(TransferError::Stopping.into());
+                }
+                memory::read(file, offset, bytes, &room, &progress)
             };
             let read = tokio::task::spawn_blocking(read).await;
             read.unwrap_or(Err(TransferError::Stopping.into()))

@@ -18,12 +18,13 @@ use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
     SendAncillaryMessage, SendFlags,
 };
-use tokio::io::Interest;
+use tokio::io::{AsyncReadExt, Interest};
 use tokio::net::UnixStream;
 use tokio::time::timeout;
 
 use super::{ApplicationError, PATIENCE};
-use crate::budget::{Allocation, Room};
+use crate::budget::{AllocateError, Allocation, Room};
+use crate::quota::{self, User};
 use crate::transfer::{Progress, Source, TransferError};
 
 /// Read at a time: often enough to notice that nobody waits any more.
@@ -53,7 +54,7 @@ pub(super) enum MemoryError {
     Outside { name: String },
     #[error("the arena cannot be sealed: {0}")]
     Seal(RegionError),
-    #[error("no descriptor came with the request: pass one with SCM_RIGHTS")]
+    #[error("no descriptor came with the request, or more than one: pass one with SCM_RIGHTS")]
     NoDescriptor,
     #[error(
         "the descriptor is no memory file with seals: pass a memfd made with MFD_ALLOW_SEALING, \
@@ -149,26 +150,40 @@ impl Arenas {
     }
 }
 
+/// A stranger's descriptor. Reading it, asking about it and closing it may each
+/// take as long as its file system likes: only on a thread of its own, which
+/// counts as one of the user's connections until the descriptor is closed.
+#[derive(Debug)]
+pub(super) struct Foreign {
+    // Closed first: fields are dropped in this order.
+    file: OwnedFd,
+    _thread: quota::Charge,
+}
+
 /// Takes a stranger's sealed memory file as it is. Blocks.
-pub(super) fn import(file: OwnedFd, room: &Room) -> Result<Allocation, MemoryError> {
+pub(super) fn import(foreign: Foreign, room: &Room) -> Result<Allocation, MemoryError> {
+    let file = &foreign.file;
     // The file of anything else could hang or change under the mapping.
-    if rustix::fs::fcntl_get_seals(&file).is_err() {
+    if rustix::fs::fcntl_get_seals(file).is_err() {
         return Err(MemoryError::NotMemory);
     }
-    let stat = rustix::fs::fstat(&file).map_err(|error| MemoryError::Read(error.into()))?;
+    let stat = rustix::fs::fstat(file).map_err(|error| MemoryError::Read(error.into()))?;
     let bytes = u64::try_from(stat.st_size).unwrap_or(0);
+    // A memory file: no file system of a stranger's sees it closed.
+    let Foreign { file, _thread } = foreign;
     Ok(room.import(file, bytes).map_err(TransferError::from)?)
 }
 
 /// Reads a part of a file into new memory, until nobody waits. Blocks, for as
 /// long as the file's own file system likes.
 pub(super) fn read(
-    file: &OwnedFd,
+    foreign: Foreign,
     offset: u64,
     bytes: u64,
     room: &Room,
     progress: &Progress,
 ) -> Result<Allocation, MemoryError> {
+    let file = &foreign.file;
     let stat = rustix::fs::fstat(file).map_err(|error| MemoryError::Read(error.into()))?;
     match rustix::fs::FileType::from_raw_mode(stat.st_mode) {
         rustix::fs::FileType::RegularFile => {}
@@ -229,32 +244,59 @@ pub(super) async fn pass_descriptor(
 
 /// Takes the byte that should carry a descriptor, and the descriptor if it does.
 ///
-/// Whatever else comes with it is closed.
+/// Whatever else comes with it is closed, elsewhere.
 pub(super) async fn take_descriptor(
-    stream: &UnixStream,
-) -> Result<Option<OwnedFd>, ApplicationError> {
-    let recv = || {
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-        let mut control = RecvAncillaryBuffer::new(&mut space);
-        let mut byte = [0];
-        let mut bytes = [IoSliceMut::new(&mut byte)];
-        let flags = RecvFlags::CMSG_CLOEXEC | RecvFlags::DONTWAIT;
-        let received = rustix::net::recvmsg(stream, &mut bytes, &mut control, flags)?;
-        let fds = control.drain().filter_map(|message| match message {
-            RecvAncillaryMessage::ScmRights(fds) => Some(fds),
-            _ => None,
-        });
-        let mut fds: Vec<OwnedFd> = fds.flatten().collect();
-        Ok((received.bytes == 1 && byte == [DESCRIPTOR_BYTE]).then(|| {
-            // Two are one too many to know which is meant.
-            fds.pop().filter(|_| fds.is_empty())
-        }))
+    stream: &mut UnixStream,
+    user: &User,
+) -> Result<Result<Foreign, MemoryError>, ApplicationError> {
+    let thread = match user.connection() {
+        Ok(charge) => charge,
+        Err(error) => {
+            // Read without room for a descriptor: the kernel lets go of it,
+            // and no file system is waited for.
+            let byte = timeout(PATIENCE, stream.read_u8()).await;
+            byte.map_err(|_| ApplicationError::Stalled)?
+                .map_err(ApplicationError::Descriptor)?;
+            let error = TransferError::from(AllocateError::from(error));
+            return Ok(Err(error.into()));
+        }
     };
-    let taken = timeout(PATIENCE, stream.async_io(Interest::READABLE, recv))
+    let received = timeout(
+        PATIENCE,
+        stream.async_io(Interest::READABLE, || recv_descriptors(stream)),
+    );
+    let (mut fds, is_ours) = received
         .await
         .map_err(|_| ApplicationError::Stalled)?
         .map_err(ApplicationError::Descriptor)?;
-    taken.ok_or(ApplicationError::Unexpected(
-        "something instead of a descriptor",
-    ))
+    // Two are one too many to know which is meant.
+    if is_ours && fds.len() == 1 {
+        let file = fds.remove(0);
+        let _thread = thread;
+        return Ok(Ok(Foreign { file, _thread }));
+    }
+    tokio::task::spawn_blocking(move || drop((fds, thread)));
+    if is_ours {
+        Ok(Err(MemoryError::NoDescriptor))
+    } else {
+        Err(ApplicationError::Unexpected(
+            "something instead of a descriptor",
+        ))
+    }
+}
+
+/// Descriptors that came with one byte, and whether the byte was the right one.
+fn recv_descriptors(stream: &UnixStream) -> io::Result<(Vec<OwnedFd>, bool)> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let mut byte = [0];
+    let mut bytes = [IoSliceMut::new(&mut byte)];
+    let flags = RecvFlags::CMSG_CLOEXEC | RecvFlags::DONTWAIT;
+    let received = rustix::net::recvmsg(stream, &mut bytes, &mut control, flags)?;
+    let fds = control.drain().filter_map(|message| match message {
+        RecvAncillaryMessage::ScmRights(fds) => Some(fds),
+        _ => None,
+    });
+    let fds = fds.flatten().collect();
+    Ok((fds, received.bytes == 1 && byte == [DESCRIPTOR_BYTE]))
 }
