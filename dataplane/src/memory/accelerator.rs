@@ -8,9 +8,10 @@
 //! file can be handed one by mistake. A stream keeps the memory of its copies
 //! until the device has finished them.
 //!
-//! [`sim`] is one that is simulated, for machines without any, and calls itself
-//! `sim` wherever it appears.
+//! Two drivers: [`cuda`], and [`sim`], which is simulated, for machines without
+//! any, and calls itself `sim` wherever it appears.
 
+pub mod cuda;
 mod region;
 pub mod sim;
 
@@ -297,9 +298,7 @@ impl AcceleratorError {
 pub fn open(kind: MemoryKind) -> Result<Option<Arc<dyn Accelerator>>, AcceleratorError> {
     Ok(match kind {
         MemoryKind::Host => None,
-        MemoryKind::Cuda(_) => {
-            return Err(AcceleratorError::NoDriver("this build has no CUDA".into()));
-        }
+        MemoryKind::Cuda(ordinal) => Some(Arc::new(cuda::Cuda::open(ordinal)?)),
         MemoryKind::Sim => Some(Arc::new(sim::Sim::new(sim::Config::from_env()?)?)),
     })
 }

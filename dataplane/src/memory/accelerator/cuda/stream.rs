@@ -1,0 +1,207 @@
+//! A stream: batches of asynchronous copies, each ended by an event.
+
+use std::collections::VecDeque;
+use std::ffi::c_uint;
+use std::sync::Arc;
+
+use cudarc::driver::sys;
+
+use super::Device;
+use super::library::{Code, NOT_READY, SUCCESS};
+use crate::memory::accelerator::{AcceleratorError, CopyOp, ForeignEvent, Stream, Way};
+
+/// A CUDA stream, and what its copies hold.
+pub(super) struct CudaStream {
+    device: Arc<Device>,
+    stream: sys::CUstream,
+    /// Begun and not seen to be finished.
+    batches: VecDeque<Batch>,
+    /// Events that may be recorded again.
+    idle_events: Vec<sys::CUevent>,
+    begun: u64,
+    completed: u64,
+}
+
+struct Batch {
+    number: u64,
+    done: sys::CUevent,
+    /// Memory that the device reads and writes.
+    _copies: Vec<CopyOp>,
+}
+
+// SAFETY: stream and events may be used by any thread, by one at a time, which
+// `&mut self` sees to; the context is made current in every call.
+unsafe impl Send for CudaStream {}
+
+impl CudaStream {
+    pub(super) fn new(device: &Arc<Device>) -> Result<Self, AcceleratorError> {
+        let _current = device.enter()?;
+        // Copies wait for nothing of the default stream's.
+        let apart = sys::CUstream_flags_enum::CU_STREAM_NON_BLOCKING as c_uint;
+        let mut stream = std::ptr::null_mut();
+        // SAFETY: `stream` is written.
+        device.check("cuStreamCreate", unsafe {
+            (device.library.required.cuStreamCreate)(&mut stream, apart)
+        })?;
+        Ok(Self {
+            device: Arc::clone(device),
+            stream,
+            batches: VecDeque::new(),
+            idle_events: Vec::new(),
+            begun: 0,
+            completed: 0,
+        })
+    }
+
+    fn begin(&self, op: &CopyOp) -> Result<(), AcceleratorError> {
+        let required = &self.device.library.required;
+        let (host, len) = (op.host.as_ptr(), op.host.len());
+        let device = op.device.address().0;
+        if len != op.device.len() || op.device.kind() != self.device.kind() {
+            return Err(AcceleratorError::NotItsMemory {
+                kind: self.device.kind(),
+                address: op.device.address(),
+                len,
+                what: format!("it is {} bytes of {}", op.device.len(), op.device.kind()),
+            });
+        }
+        if len == 0 {
+            return Ok(());
+        }
+        let (call, code) = match op.way {
+            // SAFETY: `len` bytes are leased at both ends; the batch keeps the
+            // leases until its event is done or the stream was synchronised.
+            Way::ToDevice => ("cuMemcpyHtoDAsync", unsafe {
+                (required.cuMemcpyHtoDAsync_v2)(device, host.cast(), len, self.stream)
+            }),
+            // SAFETY: as above, the other way; imported memory that may only be
+            // read is refused by the driver, which could not pin it for writing.
+            Way::ToHost => ("cuMemcpyDtoHAsync", unsafe {
+                (required.cuMemcpyDtoHAsync_v2)(host.cast(), device, len, self.stream)
+            }),
+        };
+        self.device.check(call, code)
+    }
+
+    /// Records the end of everything begun so far.
+    fn record(&mut self) -> Result<sys::CUevent, AcceleratorError> {
+        let required = &self.device.library.required;
+        let event = match self.idle_events.pop() {
+            Some(event) => event,
+            None => {
+                // Without a time stamp it is cheaper to ask.
+                let flag = sys::CUevent_flags_enum::CU_EVENT_DISABLE_TIMING as c_uint;
+                let mut event = std::ptr::null_mut();
+                // SAFETY: `event` is written.
+                let code = unsafe { (required.cuEventCreate)(&mut event, flag) };
+                self.device.check("cuEventCreate", code)?;
+                event
+            }
+        };
+        // SAFETY: an event and a stream of this context.
+        let code = unsafe { (required.cuEventRecord)(event, self.stream) };
+        let recorded = self.device.check("cuEventRecord", code);
+        if recorded.is_err() {
+            self.idle_events.push(event);
+        }
+        recorded.map(|()| event)
+    }
+
+    /// Waits until the device does nothing more for this stream, however that ends.
+    fn synchronize(&mut self) -> Code {
+        // SAFETY: a stream of this context.
+        let code = unsafe { (self.device.library.required.cuStreamSynchronize)(self.stream) };
+        for batch in self.batches.drain(..) {
+            self.idle_events.push(batch.done);
+        }
+        self.completed = self.begun;
+        code
+    }
+}
+
+impl Stream for CudaStream {
+    fn copy(&mut self, batch: Vec<CopyOp>) -> Result<u64, AcceleratorError> {
+        let device = Arc::clone(&self.device);
+        let _current = device.enter()?;
+        let begun = batch.iter().try_for_each(|op| self.begin(op));
+        let done = begun.and_then(|()| self.record()).inspect_err(|_| {
+            // Those before the one that failed are under way, and so are batches.
+            let code = self.synchronize();
+            device
+                .library
+                .log(device.kind(), "cuStreamSynchronize", code);
+        })?;
+        self.begun += 1;
+        self.batches.push_back(Batch {
+            number: self.begun,
+            done,
+            _copies: batch,
+        });
+        Ok(self.begun)
+    }
+
+    fn completed(&mut self) -> Result<u64, AcceleratorError> {
+        if self.batches.is_empty() {
+            return Ok(self.completed);
+        }
+        let device = Arc::clone(&self.device);
+        let _current = device.enter()?;
+        while let Some(batch) = self.batches.front() {
+            // SAFETY: an event of this context, recorded in `copy`.
+            match unsafe { (device.library.required.cuEventQuery)(batch.done) } {
+                SUCCESS => {
+                    self.completed = batch.number;
+                    self.idle_events.push(batch.done);
+                    self.batches.pop_front();
+                }
+                NOT_READY => break,
+                code => {
+                    self.synchronize();
+                    device.check("cuEventQuery", code)?;
+                }
+            }
+        }
+        Ok(self.completed)
+    }
+
+    unsafe fn wait_for(&mut self, event: ForeignEvent) -> Result<(), AcceleratorError> {
+        let _current = self.device.enter()?;
+        let event = event.0 as usize as sys::CUevent;
+        // SAFETY: the caller promises the event.
+        self.device.check("cuStreamWaitEvent", unsafe {
+            (self.device.library.required.cuStreamWaitEvent)(self.stream, event, 0)
+        })
+    }
+
+    unsafe fn signal(&mut self, event: ForeignEvent) -> Result<(), AcceleratorError> {
+        let _current = self.device.enter()?;
+        let event = event.0 as usize as sys::CUevent;
+        // SAFETY: the caller promises the event.
+        self.device.check("cuEventRecord", unsafe {
+            (self.device.library.required.cuEventRecord)(event, self.stream)
+        })
+    }
+}
+
+impl Drop for CudaStream {
+    fn drop(&mut self) {
+        let device = Arc::clone(&self.device);
+        let Ok(_current) = device.enter() else {
+            // A dead context does nothing more with the memory.
+            return;
+        };
+        let log = |call, code| device.library.log(device.kind(), call, code);
+        log("cuStreamSynchronize", self.synchronize());
+        let required = &device.library.required;
+        for event in self.idle_events.drain(..) {
+            // SAFETY: made in `record`; nothing waits for it.
+            log("cuEventDestroy", unsafe {
+                (required.cuEventDestroy_v2)(event)
+            });
+        }
+        // SAFETY: made in `new`, and idle.
+        log("cuStreamDestroy", unsafe {
+            (required.cuStreamDestroy_v2)(self.stream)
+        });
+    }
+}
