@@ -171,9 +171,17 @@ impl Lease {
     /// # Panics
     /// If the range lies outside: the caller cut it from its own transfer.
     pub fn crc32c(&self, range: Range<usize>) -> u32 {
+        self.crc32c_append(0, range)
+    }
+
+    /// Continues `crc` over the bytes in `range`.
+    ///
+    /// # Panics
+    /// If the range lies outside: the caller cut it from its own transfer.
+    pub fn crc32c_append(&self, crc: u32, range: Range<usize>) -> u32 {
         let len = range.end.saturating_sub(range.start);
         // SAFETY: `target` checked the bounds.
-        unsafe { crc_of(0, self.target(range.start, len), len) }
+        unsafe { crc_of(crc, self.target(range.start, len), len) }
     }
 
     /// Copies the bytes at `offset` into `into`.

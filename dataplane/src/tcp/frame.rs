@@ -15,10 +15,15 @@ pub const HELLO_LEN: usize = 40;
 /// Bytes of a [`Header`] on the wire.
 pub const HEADER_LEN: usize = 32;
 /// Version of this protocol; a peer of another one is refused.
-pub const VERSION: u16 = 2;
+pub const VERSION: u16 = 3;
 /// The most payload a DATA frame carries. A chunk stays in a core's second-level
 /// cache between checksum and copy, and is the most that a control frame waits for.
 pub const CHUNK_MAX: u32 = 256 << 10;
+
+/// A DATA frame with more payload than this says nothing of its CRC; a SUM frame
+/// behind it does. The sender then reads bytes for the CRC that the kernel's
+/// copy has just brought into the cache; for less the second call costs more.
+pub const SUM_ABOVE: u32 = 64 << 10;
 
 const MAGIC: [u8; 8] = *b"GENIEtcp";
 
@@ -64,7 +69,8 @@ pub struct Header {
     pub transfer: TransferId,
     /// DATA: offset in the tensor. DONE: its length. PING, PONG: the sender's clock.
     pub offset: u64,
-    /// DATA: CRC32C of the payload. DONE: digest of the tensor. Else zero.
+    /// DATA: CRC32C of the payload, zero above [`SUM_ABOVE`]. SUM: CRC32C of the
+    /// payload before it. DONE: digest of the tensor. Else zero.
     pub crc: u32,
 }
 
@@ -90,6 +96,8 @@ pub enum Kind {
     Ping = 8,
     /// Answers a PING with its clock value.
     Pong = 9,
+    /// The CRC of the payload that this directly follows.
+    Sum = 10,
 }
 
 /// Why a transfer is given up.
@@ -130,6 +138,9 @@ pub enum Malformed {
     /// A chunk above [`CHUNK_MAX`], or a payload where none may be.
     #[error("a payload of {0} bytes is not allowed")]
     PayloadLen(u32),
+    /// No SUM where one must be, or one where none may be.
+    #[error("a checksum is missing or stands alone")]
+    Sum,
     /// A reserved field is not zero.
     #[error("a reserved field is not zero")]
     Reserved,
@@ -223,6 +234,11 @@ impl Header {
         }
     }
 
+    /// Whether a SUM frame must directly follow this frame's payload.
+    pub fn sum_follows(&self) -> bool {
+        self.kind == Kind::Data && self.payload_len > SUM_ABOVE
+    }
+
     /// Whether this DATA frame carries all of a tensor of `len` bytes. Its CRC
     /// is then the tensor's digest, and the receiver needs no DONE_OK.
     pub fn is_whole(&self, len: u64) -> bool {
@@ -297,6 +313,7 @@ impl Kind {
             7 => Self::Close,
             8 => Self::Ping,
             9 => Self::Pong,
+            10 => Self::Sum,
             _ => return Err(Malformed::Kind(byte)),
         })
     }
@@ -329,7 +346,7 @@ mod tests {
     use super::*;
 
     fn kinds() -> impl Strategy<Value = Kind> {
-        (1..=9u8).prop_map(|byte| Kind::parse(byte).unwrap())
+        (1..=10u8).prop_map(|byte| Kind::parse(byte).unwrap())
     }
 
     fn headers() -> impl Strategy<Value = Header> {
@@ -420,7 +437,7 @@ mod tests {
     }
 
     /// The vectors of the documentation's page, each with what it means.
-    fn golden() -> [(&'static str, Vec<u8>); 5] {
+    fn golden() -> [(&'static str, Vec<u8>); 6] {
         let transfer = TransferId {
             slot: 3,
             generation: 9,
@@ -448,12 +465,17 @@ mod tests {
             ..Header::about(Kind::ResetByReceiver, transfer)
         };
         let ping = Header::plain(Kind::Ping, 0x0a0b_0c0d);
+        let sum = Header {
+            crc: crc32c::crc32c(b"tensor"),
+            ..Header::about(Kind::Sum, transfer)
+        };
         [
             ("hello", hello.encode().to_vec()),
             ("data", data.encode().to_vec()),
             ("done", done.encode().to_vec()),
             ("reset", reset.encode().to_vec()),
             ("ping", ping.encode().to_vec()),
+            ("sum", sum.encode().to_vec()),
         ]
     }
 

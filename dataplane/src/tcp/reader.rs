@@ -1,19 +1,20 @@
 //! What one connection reads: headers into a small buffer, payload straight
-//! into the tensor, one call for the rest of a payload and the header behind it.
+//! into the tensor, one call for the rest of a payload and the headers behind it.
 
 #![forbid(unsafe_code)]
 
 use std::io;
 use std::net::TcpStream;
 
-use super::frame::{HEADER_LEN, Header, Malformed};
+use super::frame::{HEADER_LEN, Header, Kind, Malformed};
 use super::socket::Scatter;
 use crate::memory::Lease;
 
 /// The reading half of a connection.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Reader {
-    head: [u8; HEADER_LEN],
+    /// The next header, and behind a SUM the one after it.
+    head: [u8; 2 * HEADER_LEN],
     head_len: usize,
     payload: Option<Payload>,
 }
@@ -25,6 +26,8 @@ pub(crate) struct Payload {
     pub(crate) header: Header,
     /// Where it goes; `None` if it is read and forgotten.
     pub(crate) target: Option<Lease>,
+    /// What its CRC must be, once that is known.
+    pub(crate) crc: Option<u32>,
     done: usize,
 }
 
@@ -53,10 +56,22 @@ pub(crate) enum Outcome {
     EndOfStream,
 }
 
+impl Default for Reader {
+    fn default() -> Self {
+        Self {
+            head: [0; 2 * HEADER_LEN],
+            head_len: 0,
+            payload: None,
+        }
+    }
+}
+
 impl Reader {
     /// Reads once. Take [`Reader::next_item`] until it is empty before the next.
     pub(crate) fn read(&mut self, socket: &TcpStream, scratch: &mut [u8]) -> io::Result<Outcome> {
-        let head = &mut self.head[self.head_len..];
+        let two = self.payload.as_ref().is_some_and(Payload::awaits_sum);
+        let head_max = if two { 2 * HEADER_LEN } else { HEADER_LEN };
+        let head = &mut self.head[self.head_len..head_max];
         let mut scatter = Scatter::new();
         let mut payload_left = 0;
         match &mut self.payload {
@@ -101,19 +116,47 @@ impl Reader {
 
     /// What the last read completed, in the order of the stream.
     pub(crate) fn next_item(&mut self) -> Result<Option<Item>, Malformed> {
-        if let Some(payload) = self.payload.take_if(|payload| payload.left() == 0) {
+        if self
+            .payload
+            .as_ref()
+            .is_some_and(|payload| payload.left() > 0)
+        {
+            return Ok(None);
+        }
+        if self.payload.as_ref().is_some_and(Payload::awaits_sum) {
+            let Some(sum) = self.take_header()? else {
+                return Ok(None);
+            };
+            if sum.kind != Kind::Sum {
+                return Err(Malformed::Sum);
+            }
+            if let Some(payload) = &mut self.payload {
+                payload.crc = Some(sum.crc);
+            }
+        }
+        if let Some(payload) = self.payload.take() {
             return Ok(Some(Item::Payload(payload)));
         }
-        if self.payload.is_none() && self.head_len == HEADER_LEN {
-            self.head_len = 0;
-            return Header::parse(&self.head).map(|header| Some(Item::Header(header)));
+        match self.take_header()? {
+            Some(header) if header.kind == Kind::Sum => Err(Malformed::Sum),
+            header => Ok(header.map(Item::Header)),
         }
-        Ok(None)
+    }
+
+    fn take_header(&mut self) -> Result<Option<Header>, Malformed> {
+        let Some((first, rest)) = self.head[..self.head_len].split_first_chunk() else {
+            return Ok(None);
+        };
+        let header = Header::parse(first)?;
+        self.head_len = rest.len();
+        self.head.copy_within(HEADER_LEN.., 0);
+        Ok(Some(header))
     }
 
     /// Says where the payload behind the last header goes.
     pub(crate) fn expect_payload(&mut self, header: Header, target: Option<Lease>) {
         self.payload = Some(Payload {
+            crc: (!header.sum_follows()).then_some(header.crc),
             header,
             target,
             done: 0,
@@ -134,6 +177,10 @@ impl Reader {
 }
 
 impl Payload {
+    fn awaits_sum(&self) -> bool {
+        self.crc.is_none()
+    }
+
     fn left(&self) -> usize {
         self.header.payload_len as usize - self.done
     }

@@ -24,6 +24,7 @@ use super::frame::{Header, Hello, Kind, Reason, Verdict};
 use super::socket;
 use super::stream::{Greeting, Stage, Stream};
 use super::transfers::{Incoming, Outgoing};
+use super::writer::Chunk;
 use super::{Remote, Role, STREAMS_MAX};
 use crate::engine::{
     Completion, Cost, FailReason, OpenError, OperationId, Partial, Receipt, SessionSnapshot,
@@ -344,9 +345,13 @@ impl Session {
             stream.writer.control(Header::plain(Kind::Close, 0));
             while !stream.writer.is_idle() {
                 if stream.writer.is_drained() {
-                    stream.writer.take_control();
+                    stream.writer.take_sum_and_control();
                 }
-                if !matches!(stream.writer.flush(&stream.socket, |_| ()), Ok(Some(_))) {
+                let outgoing = &mut self.outgoing;
+                let flushed = stream.writer.flush(&stream.socket, |chunk| {
+                    record(outgoing, chunk);
+                });
+                if !matches!(flushed, Ok(Some(_))) {
                     break;
                 }
             }
@@ -358,7 +363,12 @@ impl Session {
     /// Says whether it had been open.
     pub(crate) fn end(mut self, ended: Ended, context: &mut Context) -> bool {
         // First the sockets and what they hold of tensors, then the answers.
-        self.streams.clear();
+        for mut stream in self.streams.drain(..).flatten() {
+            for mut chunk in stream.writer.take_unfinished() {
+                // The digest of what goes on over another path includes it.
+                record(&mut self.outgoing, &mut chunk);
+            }
+        }
         for (_, transfer) in self.incoming.drain() {
             context.interrupt(transfer.operation, &ended.reason, transfer.into_partial());
         }
@@ -478,6 +488,16 @@ impl From<OpenError> for Ended {
             reason: FailReason::PathLost(error.to_string()),
             open: Some(error),
         }
+    }
+}
+
+/// Takes the CRC of a chunk into its transfer's digest, unless that was done
+/// when the chunk was cut.
+fn record(transfers: &mut HashMap<TransferId, Outgoing>, chunk: &mut Chunk) {
+    if let Some(outgoing) = transfers.get_mut(&chunk.transfer)
+        && let Some(crc) = chunk.sum()
+    {
+        outgoing.record(chunk.piece, crc);
     }
 }
 

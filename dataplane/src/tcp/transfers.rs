@@ -2,10 +2,8 @@
 
 #![forbid(unsafe_code)]
 
-use std::ops::Range;
-
 use genie_proto::Digest;
-use genie_proto::transfer::OutOfMemory;
+use genie_proto::transfer::{OutOfMemory, Piece};
 
 use super::frame::CHUNK_MAX;
 use crate::engine::{Cost, FailReason, Interrupted, OperationId, Partial};
@@ -52,15 +50,6 @@ pub(crate) struct Outgoing {
     whole: bool,
     /// The one chunk of a tensor of zero bytes is still to be sent.
     empty: bool,
-}
-
-/// What to send next of a transfer.
-#[derive(Debug, PartialEq, Eq)]
-pub(crate) struct NextChunk {
-    /// Which bytes.
-    pub(crate) range: Range<usize>,
-    /// CRC32C of them.
-    pub(crate) crc: u32,
 }
 
 impl Before {
@@ -159,20 +148,22 @@ impl Outgoing {
     }
 
     /// The next chunk; a tensor of zero bytes has one, of zero bytes.
-    pub(crate) fn next_chunk(&mut self) -> Option<NextChunk> {
+    pub(crate) fn next_chunk(&mut self) -> Option<Piece> {
         if std::mem::take(&mut self.empty) {
-            return Some(NextChunk {
-                range: 0..0,
-                crc: 0,
+            return Some(Piece {
+                offset: 0,
+                len: 0,
+                first: false,
             });
         }
-        let piece = self.sent.next(u64::from(CHUNK_MAX))?;
-        let range = piece.offset as usize..(piece.offset + piece.len) as usize;
-        let crc = self.from.crc32c(range.clone());
+        self.sent.next(u64::from(CHUNK_MAX))
+    }
+
+    /// Takes in the CRC32C of a chunk.
+    pub(crate) fn record(&mut self, piece: Piece, crc: u32) {
         if piece.first {
             self.sent.record(piece, crc);
         }
-        Some(NextChunk { range, crc })
     }
 
     /// Whether one frame carries all of it, so that the receiver, which has

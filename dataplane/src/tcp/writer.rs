@@ -6,11 +6,13 @@
 use std::collections::VecDeque;
 use std::io;
 use std::net::TcpStream;
+use std::ops::Range;
 
 use arrayvec::ArrayVec;
 use genie_proto::TransferId;
+use genie_proto::transfer::Piece;
 
-use super::frame::{HEADER_LEN, Header};
+use super::frame::{HEADER_LEN, Header, Kind};
 use super::socket::Gather;
 use crate::memory::Lease;
 
@@ -20,6 +22,8 @@ pub(crate) const FRAMES_MAX: usize = super::socket::VECTORS_MAX / 2;
 /// The writing half of a connection.
 #[derive(Debug, Default)]
 pub(crate) struct Writer {
+    /// The SUM of the chunk that was written last. It goes before all else.
+    sum: Option<Header>,
     control: VecDeque<Header>,
     batch: ArrayVec<Frame, FRAMES_MAX>,
     /// Frames of the batch that are written.
@@ -35,12 +39,58 @@ pub(crate) struct Writer {
 pub(crate) struct Chunk {
     /// The transfer it belongs to.
     pub(crate) transfer: TransferId,
+    /// Which bytes.
+    pub(crate) piece: Piece,
     /// The whole tensor.
-    pub(crate) source: Lease,
-    /// Where in the tensor it begins.
-    pub(crate) offset: usize,
+    source: Lease,
+    /// CRC32C of its first bytes, which the kernel has, where a SUM follows.
+    summed: Option<(u32, usize)>,
+}
+
+impl Chunk {
+    /// A chunk of `source` of which nothing is written, and whose CRC is not known.
+    pub(crate) fn new(transfer: TransferId, source: Lease, piece: Piece) -> Self {
+        Self {
+            transfer,
+            piece,
+            source,
+            summed: Some((0, 0)),
+        }
+    }
+
+    /// Reads its CRC now; no SUM follows.
+    pub(crate) fn read_crc(&mut self) -> u32 {
+        self.summed = None;
+        self.source.crc32c(self.range(0))
+    }
+
     /// Its length in bytes.
-    pub(crate) len: usize,
+    pub(crate) fn len(&self) -> usize {
+        self.piece.len as usize
+    }
+
+    /// What its SUM says, if one follows. Of a chunk that was not written whole
+    /// the rest is read now.
+    pub(crate) fn sum(&mut self) -> Option<u32> {
+        self.sum_up_to(self.len());
+        self.summed.map(|(crc, _)| crc)
+    }
+
+    /// Reads on while the bytes that the kernel just copied are in the cache.
+    fn sum_up_to(&mut self, written: usize) {
+        let begin = self.piece.offset as usize;
+        if let Some((crc, done)) = &mut self.summed {
+            *crc = self
+                .source
+                .crc32c_append(*crc, begin + *done..begin + written);
+            *done = written;
+        }
+    }
+
+    fn range(&self, skip: usize) -> Range<usize> {
+        let begin = self.piece.offset as usize;
+        begin + skip..begin + self.len()
+    }
 }
 
 #[derive(Debug)]
@@ -62,7 +112,7 @@ impl Writer {
 
     /// Whether there is nothing to write.
     pub(crate) fn is_idle(&self) -> bool {
-        self.control.is_empty() && self.batch.is_empty()
+        self.sum.is_none() && self.control.is_empty() && self.batch.is_empty()
     }
 
     /// Whether everything that was begun is written, so that more may be added.
@@ -70,8 +120,14 @@ impl Writer {
         self.batch.is_empty()
     }
 
-    /// Moves queued control frames into the batch.
-    pub(crate) fn take_control(&mut self) {
+    /// Moves the SUM that is due and queued control frames into the empty batch.
+    pub(crate) fn take_sum_and_control(&mut self) {
+        if let Some(header) = self.sum.take() {
+            self.batch.push(Frame {
+                header: header.encode(),
+                chunk: None,
+            });
+        }
         while !self.batch.is_full()
             && let Some(header) = self.control.pop_front()
         {
@@ -104,7 +160,7 @@ impl Writer {
     pub(crate) fn flush(
         &mut self,
         socket: &TcpStream,
-        mut finished: impl FnMut(Chunk),
+        mut finished: impl FnMut(&mut Chunk),
     ) -> io::Result<Option<usize>> {
         let sent = match self.gather().send(socket) {
             Ok(sent) => sent,
@@ -119,9 +175,18 @@ impl Writer {
         {
             self.bytes_done -= frame.len();
             self.frames_done += 1;
-            if let Some(chunk) = frame.chunk.take() {
-                finished(chunk);
+            if let Some(mut chunk) = frame.chunk.take() {
+                finished(&mut chunk);
+                self.sum = chunk.sum().map(|crc| Header {
+                    crc,
+                    ..Header::about(Kind::Sum, chunk.transfer)
+                });
             }
+        }
+        if let Some(frame) = self.batch.get_mut(self.frames_done)
+            && let Some(chunk) = &mut frame.chunk
+        {
+            chunk.sum_up_to(self.bytes_done.saturating_sub(HEADER_LEN));
         }
         if self.frames_done == self.batch.len() {
             self.batch.clear();
@@ -143,7 +208,16 @@ impl Writer {
             .skip(self.frames_done)
             .map(Frame::len)
             .sum();
-        self.written + (batch - self.bytes_done + self.control.len() * HEADER_LEN) as u64
+        let sum = usize::from(self.sum.is_some());
+        let control = (sum + self.control.len()) * HEADER_LEN;
+        self.written + (batch - self.bytes_done + control) as u64
+    }
+
+    /// Takes out the chunks that are not written whole.
+    pub(crate) fn take_unfinished(&mut self) -> impl Iterator<Item = Chunk> {
+        std::mem::take(&mut self.batch)
+            .into_iter()
+            .filter_map(|frame| frame.chunk)
     }
 
     fn gather(&self) -> Gather<'_> {
@@ -157,8 +231,8 @@ impl Writer {
                 gather.push(&frame.header[skip..]);
             }
             if let Some(chunk) = &frame.chunk {
-                let begin = chunk.offset + skip.saturating_sub(HEADER_LEN);
-                gather.push_lease(&chunk.source, begin..chunk.offset + chunk.len);
+                let range = chunk.range(skip.saturating_sub(HEADER_LEN));
+                gather.push_lease(&chunk.source, range);
             }
             skip = 0;
         }
@@ -168,6 +242,6 @@ impl Writer {
 
 impl Frame {
     fn len(&self) -> usize {
-        HEADER_LEN + self.chunk.as_ref().map_or(0, |chunk| chunk.len)
+        HEADER_LEN + self.chunk.as_ref().map_or(0, Chunk::len)
     }
 }

@@ -9,7 +9,7 @@ use genie_dataplane::engine::FailReason;
 use genie_dataplane::memory::Lease;
 
 use genie_dataplane::tcp::frame::{
-    HEADER_LEN, HELLO_LEN, Header, Hello, Kind, Malformed, Reason, Verdict,
+    HEADER_LEN, HELLO_LEN, Header, Hello, Kind, Malformed, Reason, SUM_ABOVE, Verdict,
 };
 use genie_dataplane::tcp::{self, Role, Token};
 use genie_dataplane::{SessionId, TransferId};
@@ -254,6 +254,102 @@ fn a_wrong_payload_checksum_fails_the_transfer_and_not_the_session() {
     peer.say(Header::about(Kind::DoneMismatch, id), &[]);
     assert_eq!(received.wait(), Err(FailReason::DigestMismatch));
     assert_given_back(&into);
+    peer.engine.stop();
+}
+
+#[test]
+fn the_checksum_of_a_long_chunk_follows_it() {
+    let mut peer = Peer::new();
+    let len = SUM_ABOVE as usize + 64;
+    let from = bytes(&filled(len, 3));
+    let into = empty(len);
+    let (id, received) = peer.expect(&into);
+    let data = Header {
+        payload_len: len as u32,
+        ..Header::about(Kind::Data, id)
+    };
+    let sum = |crc| Header {
+        crc,
+        ..Header::about(Kind::Sum, id)
+    };
+    peer.say(data, &from);
+    peer.say(sum(crc32c::crc32c(&from)), &[]);
+    assert_eq!(peer.hear().kind, Kind::Done);
+    assert_eq!(received.wait().unwrap().digest.0, crc32c::crc32c(&from));
+    assert_eq!(bytes(&into), from);
+    // A wrong one fails the transfer and not the session.
+    let (id, received) = peer.expect(&into);
+    let data = Header {
+        transfer: id,
+        ..data
+    };
+    peer.say(data, &from);
+    peer.say(sum(crc32c::crc32c(&from) ^ 1), &[]);
+    assert_eq!(peer.hear().reason, Reason::Digest);
+    assert_eq!(received.wait(), Err(FailReason::DigestMismatch));
+    // None, or one for nothing, ends it.
+    let (id, received) = peer.expect(&into);
+    let data = Header {
+        transfer: id,
+        ..data
+    };
+    peer.say(data, &from);
+    peer.say(Header::plain(Kind::Ping, 1), &[]);
+    peer.assert_broken(received, &into);
+    let mut peer = Peer::new();
+    let (_, received) = peer.expect(&into);
+    peer.say(sum(0), &[]);
+    peer.assert_broken(received, &into);
+}
+
+#[test]
+fn a_chunk_is_not_verified_before_its_checksum_is_there() {
+    let mut peer = Peer::new();
+    let len = SUM_ABOVE as usize + 64;
+    let from = bytes(&filled(len, 3));
+    let into = empty(len);
+    let (id, received) = peer.expect(&into);
+    let data = Header {
+        payload_len: len as u32,
+        ..Header::about(Kind::Data, id)
+    };
+    peer.say(data, &from);
+    // All its bytes are written; whoever gives it up now gets the lease back.
+    let last = || {
+        let mut byte = [0];
+        into.read_at(len - 1, &mut byte);
+        byte[0]
+    };
+    let deadline = std::time::Instant::now() + Duration::from_secs(20);
+    while last() != from[len - 1] {
+        assert!(std::time::Instant::now() < deadline, "no bytes arrive");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    drop(received);
+    assert_eq!(peer.hear().kind, Kind::ResetByReceiver);
+    assert_given_back(&into);
+    let sum = Header {
+        crc: crc32c::crc32c(&from),
+        ..Header::about(Kind::Sum, id)
+    };
+    peer.say(sum, &[]);
+    // The session goes on.
+    let (id, received) = peer.expect(&into);
+    peer.say(
+        Header {
+            transfer: id,
+            ..data
+        },
+        &from,
+    );
+    peer.say(
+        Header {
+            transfer: id,
+            ..sum
+        },
+        &[],
+    );
+    received.wait().unwrap();
     peer.engine.stop();
 }
 

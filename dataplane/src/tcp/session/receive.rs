@@ -150,6 +150,8 @@ impl Session {
             Kind::Close => return Err(FailReason::Closed.into()),
             Kind::Ping => self.answer(index, Header::plain(Kind::Pong, header.offset)),
             Kind::Pong => self.handle_pong(index, header.offset, context),
+            // The reader takes it together with its payload.
+            Kind::Sum => return Err(protocol("a checksum stands alone").into()),
         }
         Ok(())
     }
@@ -235,7 +237,7 @@ impl Session {
         let Some(incoming) = self.incoming.get_mut(&header.transfer) else {
             return Ok(());
         };
-        if crc != header.crc {
+        if payload.crc != Some(crc) {
             let reset = Header::about(Kind::ResetByReceiver, header.transfer);
             self.answer(
                 index,

@@ -5,7 +5,7 @@
 use arrayvec::ArrayVec;
 use genie_proto::TransferId;
 
-use super::{Context, Ended, Session, Stage, lost_connection};
+use super::{Context, Ended, Session, Stage, lost_connection, record};
 use crate::tcp::frame::{CHUNK_MAX, Header, Kind};
 use crate::tcp::writer::{Chunk, FRAMES_MAX};
 
@@ -49,7 +49,7 @@ impl Session {
         if !writer.is_drained() {
             return;
         }
-        writer.take_control();
+        writer.take_sum_and_control();
         let mut bytes = 0;
         while bytes < CHUNK_MAX as usize && writer.has_room() {
             let Some(transfer) = self.sendable.pop_front() else {
@@ -62,30 +62,29 @@ impl Session {
             if outgoing.failed.is_some() {
                 continue;
             }
-            let Some(next) = outgoing.next_chunk() else {
+            let Some(piece) = outgoing.next_chunk() else {
                 continue;
             };
             outgoing.writing += 1;
-            let (offset, len) = (next.range.start, next.range.len());
-            let header = Header {
-                payload_len: len as u32,
-                offset: offset as u64,
-                crc: next.crc,
+            let mut chunk = Chunk::new(transfer, outgoing.from.clone(), piece);
+            let mut header = Header {
+                payload_len: piece.len as u32,
+                offset: piece.offset,
                 ..Header::about(Kind::Data, transfer)
             };
-            writer.chunk(
-                header,
-                Chunk {
-                    transfer,
-                    source: outgoing.from.clone(),
-                    offset,
-                    len,
-                },
-            );
-            bytes += len;
+            if !header.sum_follows() {
+                header.crc = chunk.read_crc();
+                outgoing.record(piece, header.crc);
+            }
+            bytes += chunk.len();
+            writer.chunk(header, chunk);
             if outgoing.has_more() {
                 // To the back: a small tensor does not wait for a large one.
                 self.sendable.push_back(transfer);
+            }
+            if header.sum_follows() {
+                // Directly behind it: with the next batch.
+                return;
             }
         }
     }
@@ -102,9 +101,10 @@ impl Session {
         let (moved_at, now) = (&mut self.moved_at, context.now);
         let mut given_up = ArrayVec::<TransferId, FRAMES_MAX>::new();
         let flushed = stream.writer.flush(&stream.socket, |chunk| {
-            totals.copies.kernel += chunk.len as u64;
-            totals.sent_bytes += chunk.len as u64;
+            totals.copies.kernel += chunk.piece.len;
+            totals.sent_bytes += chunk.piece.len;
             *moved_at = now;
+            record(outgoing, chunk);
             if let Some(outgoing) = outgoing.get_mut(&chunk.transfer) {
                 outgoing.writing -= 1;
                 if outgoing.writing == 0 && outgoing.failed.is_some() {
