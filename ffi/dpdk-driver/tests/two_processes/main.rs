@@ -5,6 +5,8 @@
 //! select tests by name, as with the standard harness.
 
 #[cfg(dpdk)]
+mod allocations;
+#[cfg(dpdk)]
 mod peer;
 #[cfg(dpdk)]
 mod tests;

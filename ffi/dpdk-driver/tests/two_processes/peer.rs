@@ -12,6 +12,8 @@ use genie_dpdk_abi::{
     TxFrame,
 };
 
+use crate::allocations::{counted, inside_bursts};
+
 /// Ethernet header, frame number, length of the head, offset and length of the payload.
 const HEAD_MIN: usize = 14 + 8 + 4 + 4 + 4;
 const REGION_BYTES: usize = 1 << 20;
@@ -172,7 +174,8 @@ impl Peer {
                 })
                 .collect();
             // SAFETY: heads live through the call, the region until the end.
-            let taken = unsafe { (self.api.tx_burst)(self.port, frames.as_ptr(), batch as u32) };
+            let send = || unsafe { (self.api.tx_burst)(self.port, frames.as_ptr(), batch as u32) };
+            let taken = counted(send);
             left -= taken as usize;
             self.sent += u64::from(taken);
             if taken > 0 {
@@ -232,8 +235,9 @@ impl Peer {
         };
         let mut frames = [nothing; BURST_MAX];
         // SAFETY: room for a burst.
-        let count =
-            unsafe { (self.api.rx_burst)(self.port, frames.as_mut_ptr(), BURST_MAX as u32) };
+        let receive =
+            || unsafe { (self.api.rx_burst)(self.port, frames.as_mut_ptr(), BURST_MAX as u32) };
+        let count = counted(receive);
         let frames = &frames[..count as usize];
         let (mut bad, mut bytes) = (0, 0);
         for frame in frames {
@@ -243,7 +247,7 @@ impl Peer {
             bytes += data.len();
         }
         // SAFETY: received above, freed once.
-        unsafe { (self.api.rx_free)(self.port, frames.as_ptr(), count) };
+        counted(|| unsafe { (self.api.rx_free)(self.port, frames.as_ptr(), count) });
         (frames.len(), bad, bytes)
     }
 
@@ -315,12 +319,12 @@ impl Peer {
 
     fn stats(&self) {
         // SAFETY: an open port.
-        unsafe { (self.api.tx_reap)(self.port) };
+        counted(|| unsafe { (self.api.tx_reap)(self.port) });
         let stats = self.raw_stats();
         // SAFETY: an open port.
         let refs = unsafe { (self.api.ext_refs)(self.port, self.attachment) };
         answer(&format!(
-            "rx {} {} missed {} tx {} {} copied {} free {} used {} refs {refs}",
+            "rx {} {} missed {} tx {} {} copied {} free {} used {} refs {refs} allocations {}",
             stats.rx_frames,
             stats.rx_bytes,
             stats.rx_missed,
@@ -329,6 +333,7 @@ impl Peer {
             stats.tx_copied_bytes,
             stats.mbufs_free,
             u64::from(self.info.mbufs) - stats.mbufs_free,
+            inside_bursts(),
         ));
     }
 

@@ -257,6 +257,8 @@ fn no_packet_buffer_is_lost(folder: &Path) {
         a.stat("used")
     );
     assert_eq!(b.stat("used"), 0);
+    // Nor was memory taken or given back by any burst.
+    assert_eq!((a.stat("allocations"), b.stat("allocations")), (0, 0));
     // All are back after that, which `close` asserts.
     a.close();
     b.close();
