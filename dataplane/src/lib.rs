@@ -3,7 +3,8 @@
 //! The way a tensor takes, in reading order: [`endpoint`] (the API),
 //! [`engine`] (one thread that owns one queue pair), `genie_proto::connection`
 //! and `genie_proto::wire` (the protocol), [`device`] and [`dpdk`] (the queue).
-//! [`tcp`] is the engine for hosts and peers without DPDK. [`memory`] says
+//! [`tcp`] is the engine for hosts and peers without DPDK, [`shm`] the one for two
+//! agents on one host. [`memory`] says
 //! where bytes live and keeps them there while anyone may touch them; [`stage`]
 //! moves those that live in a device's memory.
 
@@ -15,6 +16,7 @@ pub mod endpoint;
 pub mod engine;
 pub mod ledger;
 pub mod memory;
+pub mod shm;
 pub mod stage;
 pub mod tcp;
 

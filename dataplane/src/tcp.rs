@@ -123,7 +123,7 @@ impl Default for Config {
 
 impl Token {
     /// Compares in a time that does not depend on where they differ.
-    fn matches(&self, other: &Token) -> bool {
+    pub(crate) fn matches(&self, other: &Token) -> bool {
         self.0
             .iter()
             .zip(other.0)

@@ -78,6 +78,8 @@ pub enum Remote {
     Udp(super::udp::Remote),
     /// Over kernel TCP.
     Tcp(crate::tcp::Remote),
+    /// On this host, by passing descriptors.
+    Shm(crate::shm::Remote),
 }
 
 /// What an engine answers.

@@ -196,8 +196,8 @@ impl Engine {
             _ if self.sessions.contains_key(&id) => {
                 Err(refused("the session is open already").into())
             }
-            crate::engine::Remote::Udp(_) => {
-                Err(refused("this engine speaks TCP, the peer was described for UDP").into())
+            crate::engine::Remote::Udp(_) | crate::engine::Remote::Shm(_) => {
+                Err(refused("this engine speaks TCP, the peer was described for another").into())
             }
             crate::engine::Remote::Tcp(remote) => {
                 Session::open(id, operation, remote, &self.context)

@@ -1,0 +1,5 @@
+//! The engine that passes descriptors: two of them, and peers that lie.
+
+mod harness;
+mod lies;
+mod transfers;
