@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 
 use genie_dataplane::endpoint::Completions;
 use genie_dataplane::engine::udp;
-use genie_dataplane::{dpdk, tcp};
+use genie_dataplane::{dpdk, shm, tcp};
 use genie_hugepages::{Backing, Choice, PageSize, Root};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
@@ -198,6 +198,7 @@ fn start_transports(config: &Config) -> Result<(Transports, Vec<Attended>), Agen
         let started = match transport {
             Transport::Tcp => Ok(start_tcp(config)?),
             Transport::Dpdk => start_dpdk(config),
+            Transport::Shm => start_shm(config),
         };
         match started {
             Ok((local, running)) => attended.push(transports.add(transport, local, running)),
@@ -243,6 +244,16 @@ fn start_tcp(config: &Config) -> Result<Started, AgentError> {
         },
         running,
     ))
+}
+
+fn start_shm(config: &Config) -> Result<Started, String> {
+    let shm = shm::Config {
+        liveness: config.liveness,
+        open_limit: config.liveness,
+        progress_limit: config.stall,
+    };
+    let (running, local) = shm::spawn(shm).map_err(|error| error.to_string())?;
+    Ok((Local::Shm(local), running))
 }
 
 fn start_dpdk(config: &Config) -> Result<Started, String> {

@@ -72,7 +72,7 @@ pub struct AgentArgs {
     /// The socket's group, by name or number
     #[arg(long, value_name = "GROUP", env = "GENIE_SOCKET_GROUP")]
     pub socket_group: Option<String>,
-    /// Transports allowed, best first: auto, or one or more of dpdk,tcp [default: auto]
+    /// Transports allowed, best first: auto, or one or more of shm,dpdk,tcp [default: auto]
     #[arg(long, value_name = "LIST", env = "GENIE_TRANSPORT")]
     pub transport: Option<Preference>,
     /// Device for DPDK: pci:0000:01:00.0, vdev:net_memif0,… or pair:SOCKET

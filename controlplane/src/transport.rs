@@ -13,6 +13,7 @@ use std::thread::JoinHandle;
 use genie_dataplane::SessionId;
 use genie_dataplane::endpoint::{Completions, Endpoint, Lost, Running};
 use genie_dataplane::engine::{Remote, Status, udp};
+use genie_dataplane::shm;
 use genie_dataplane::tcp::{self, Token};
 use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
@@ -21,6 +22,8 @@ use tokio::sync::mpsc;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Transport {
+    /// Descriptors passed between two agents on one host.
+    Shm,
     /// Genie's UDP protocol over a DPDK port.
     Dpdk,
     /// Kernel TCP.
@@ -28,7 +31,7 @@ pub enum Transport {
 }
 
 /// What `auto` stands for, best first.
-pub const AUTO: [Transport; 2] = [Transport::Dpdk, Transport::Tcp];
+pub const AUTO: [Transport; 3] = [Transport::Shm, Transport::Dpdk, Transport::Tcp];
 
 /// An ordered list of transports, best first; never empty, none twice.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -39,7 +42,7 @@ pub struct Preference(Vec<Transport>);
 #[derive(Clone, Debug, thiserror::Error, PartialEq, Eq)]
 pub enum PreferenceError {
     /// Not a transport of this build.
-    #[error("'{0}' is not a transport: write auto, or one or more of dpdk,tcp")]
+    #[error("'{0}' is not a transport: write auto, or one or more of shm,dpdk,tcp")]
     Unknown(String),
     /// The same one twice.
     #[error("'{0}' is listed twice")]
@@ -49,6 +52,8 @@ pub enum PreferenceError {
 /// What a peer must know to reach one of our engines.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Local {
+    /// A socket of this host.
+    Shm(shm::Local),
     /// A device.
     Dpdk(udp::Local),
     /// A data port for TCP connections.
@@ -178,6 +183,7 @@ impl Engine {
     /// How a path over this engine is called: `tcp`, `dpdk:net_vhost` …
     pub fn path(&self) -> String {
         match &self.local {
+            Local::Shm(_) => "shm".to_owned(),
             Local::Dpdk(local) => format!("dpdk:{}", local.driver),
             Local::Tcp { .. } => "tcp".to_owned(),
         }
@@ -185,6 +191,15 @@ impl Engine {
 }
 
 impl Local {
+    /// Why it cannot lead to a peer that is `theirs`, where that shows before
+    /// both ends try.
+    pub fn refuses(&self, theirs: &Local) -> Option<String> {
+        match (self, theirs) {
+            (Local::Shm(ours), Local::Shm(theirs)) => ours.refuses(theirs),
+            _ => None,
+        }
+    }
+
     /// What the engine behind `ours` must know of a peer that is `self` and
     /// calls the session `session`. `dialled` is where the control connection
     /// reached the peer, if we dialled it.
@@ -196,6 +211,14 @@ impl Local {
         dialled: Option<SocketAddr>,
     ) -> Remote {
         match self {
+            Local::Shm(local) => Remote::Shm(shm::Remote {
+                role: match dialled {
+                    None => shm::Role::Accept,
+                    Some(_) => shm::Role::Dial(local.clone()),
+                },
+                session,
+                token,
+            }),
             Local::Dpdk(local) => Remote::Udp(udp::Remote {
                 local: local.clone(),
                 session,
@@ -211,7 +234,7 @@ impl Local {
                 // Both ends come to the same number.
                 let streams = match ours {
                     Local::Tcp { streams: ours, .. } => *streams.min(ours),
-                    Local::Dpdk(_) => *streams,
+                    Local::Dpdk(_) | Local::Shm(_) => *streams,
                 };
                 Remote::Tcp(tcp::Remote {
                     role,
@@ -250,6 +273,7 @@ impl FromStr for Preference {
         for word in text.split(',').map(str::trim) {
             let more = match word {
                 "auto" => AUTO.to_vec(),
+                "shm" => vec![Transport::Shm],
                 "dpdk" => vec![Transport::Dpdk],
                 "tcp" => vec![Transport::Tcp],
                 other => return Err(PreferenceError::Unknown(other.to_owned())),
@@ -278,6 +302,7 @@ impl fmt::Display for Preference {
 impl fmt::Display for Transport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
+            Transport::Shm => "shm",
             Transport::Dpdk => "dpdk",
             Transport::Tcp => "tcp",
         })

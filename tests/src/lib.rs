@@ -114,21 +114,33 @@ impl Agent {
 
     /// [`Agent::start`], with the transports that `args` say.
     pub fn start_with(folder: &Path, name: &str, args: &[&str]) -> Self {
-        Self::start_in(folder, name, args, &[])
+        Self::start_from(genie_command(), folder, name, args)
     }
 
     /// [`Agent::start_with`], with variables in its environment.
+    ///
+    /// # Panics
+    /// As [`Agent::start`].
     pub fn start_in(folder: &Path, name: &str, args: &[&str], env: &[(&str, &str)]) -> Self {
+        let mut genie = genie_command();
+        genie.envs(env.iter().copied());
+        Self::start_from(genie, folder, name, args)
+    }
+
+    /// [`Agent::start_with`], from a command that runs `genie` in some way.
+    ///
+    /// # Panics
+    /// As [`Agent::start`].
+    pub fn start_from(mut genie: Command, folder: &Path, name: &str, args: &[&str]) -> Self {
         let log = folder.join(format!("{name}.log"));
         let socket = folder.join(format!("{name}.sock"));
-        let mut child = genie_command()
+        let mut child = genie
             .args(["agent", "--json", "--log", "debug", "--name", name])
             .args(default_address("--listen", args))
             .args(default_address("--data", args))
             .arg("--socket")
             .arg(&socket)
             .args(args)
-            .envs(env.iter().copied())
             .stdout(Stdio::piped())
             .stderr(std::fs::File::create(&log).expect("the folder can be written"))
             .spawn()

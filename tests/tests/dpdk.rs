@@ -30,7 +30,7 @@ fn pair(folder: &Path, transport_flag: &str) -> Option<(Agent, Agent)> {
     let flags = ["--liveness=2s", &device];
     let start =
         |name: &str, more: &[&str]| Agent::start_with(folder, name, &[&flags[..], more].concat());
-    let probe = Agent::start_with(folder, "probe", &["--transport=auto", &device]);
+    let probe = Agent::start_with(folder, "probe", &["--transport=dpdk,tcp", &device]);
     let reason = transport(&probe, "dpdk")["reason"].clone();
     drop(probe);
     if let Some(reason) = reason.as_str() {
@@ -41,7 +41,7 @@ fn pair(folder: &Path, transport_flag: &str) -> Option<(Agent, Agent)> {
         println!("skipped: {reason}");
         return None;
     }
-    let b = start("b", &["--transport=auto"]);
+    let b = start("b", &["--transport=dpdk,tcp"]);
     let a = start("a", &[transport_flag, &b.as_peer()]);
     Some((a, b))
 }
@@ -124,7 +124,7 @@ fn a_model_takes_the_device_as_its_own_counters_show() {
 #[test]
 fn a_stopped_peer_on_a_device_is_an_error_in_time() {
     let folder = tempfile::tempdir().unwrap();
-    let Some((a, b)) = pair(folder.path(), "--transport=auto") else {
+    let Some((a, b)) = pair(folder.path(), "--transport=dpdk,tcp") else {
         return;
     };
     let file = folder.path().join("large.safetensors");
@@ -157,11 +157,11 @@ fn a_stopped_peer_on_a_device_is_an_error_in_time() {
 #[test]
 fn a_side_without_a_device_is_the_reason_at_both_ends() {
     let folder = tempfile::tempdir().unwrap();
-    let Some((a, b)) = pair(folder.path(), "--transport=auto") else {
+    let Some((a, b)) = pair(folder.path(), "--transport=dpdk,tcp") else {
         return;
     };
     drop(b);
-    let c = Agent::start_with(folder.path(), "c", &["--transport=auto"]);
+    let c = Agent::start_with(folder.path(), "c", &["--transport=dpdk,tcp"]);
     drop(a);
     let device = format!(
         "--dpdk-device=pair:{}",
@@ -170,7 +170,7 @@ fn a_side_without_a_device_is_the_reason_at_both_ends() {
     let a = Agent::start_with(
         folder.path(),
         "a",
-        &["--transport=auto", &device, &c.as_peer()],
+        &["--transport=dpdk,tcp", &device, &c.as_peer()],
     );
     let small = folder.path().join("small.safetensors");
     model::write(&small, &[Tensor::bytes("x", 5000)], &[]);

@@ -28,8 +28,8 @@ fn session(agent: &Agent) -> Value {
 #[test]
 fn both_ends_show_the_same_reason_for_not_taking_dpdk() {
     let folder = tempfile::tempdir().unwrap();
-    let b = Agent::start_with(folder.path(), "b", &["--transport=auto"]);
-    let a = Agent::start_with(folder.path(), "a", &["--transport=auto", &b.as_peer()]);
+    let b = Agent::start_with(folder.path(), "b", &["--transport=dpdk,tcp"]);
+    let a = Agent::start_with(folder.path(), "a", &["--transport=dpdk,tcp", &b.as_peer()]);
     let reasons = reasons_of_a_put(&a, folder.path());
     assert_eq!(
         reasons,

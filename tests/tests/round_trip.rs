@@ -242,7 +242,7 @@ fn output_is_text_for_people_and_json_for_programs() {
     assert!(a.genie(&["status"]).stdout.contains("b (dialled) over tcp"));
     let version = a.genie(&["--version"]).stdout;
     assert!(
-        version.starts_with("genie 0.") && version.contains("transports: dpdk, tcp"),
+        version.starts_with("genie 0.") && version.contains("transports: shm, dpdk, tcp"),
         "{version}"
     );
     assert_eq!(a.genie(&["put"]).status.code(), Some(2));

@@ -7,7 +7,7 @@ use genie_dataplane::device::pair::PairDevice;
 use genie_dataplane::dpdk::{self, DeviceSpec};
 use genie_dataplane::endpoint::{Completions, Endpoint, Running};
 use genie_dataplane::engine::{Receipt, udp};
-use genie_dataplane::{SessionId, tcp};
+use genie_dataplane::{SessionId, shm, tcp};
 use serde::{Deserialize, Serialize};
 
 use super::BenchError;
@@ -26,6 +26,8 @@ pub enum Kind {
     Dpdk,
     /// Kernel TCP.
     Tcp,
+    /// Descriptors passed between two processes of one host.
+    Shm,
     /// The UDP protocol over two devices joined in memory, both ends in one process.
     Mem,
 }
@@ -72,6 +74,15 @@ impl Node {
                 let (running, data) = tcp::spawn(config).map_err(|error| refused(&error))?;
                 (running, Local::Tcp { data, streams })
             }
+            Kind::Shm => {
+                let config = shm::Config {
+                    liveness: LIVENESS,
+                    open_limit: LIVENESS,
+                    ..shm::Config::default()
+                };
+                let (running, local) = shm::spawn(config).map_err(|error| refused(&error))?;
+                (running, Local::Shm(local))
+            }
             Kind::Dpdk => {
                 let device = device.ok_or_else(|| refused(&"no device: give --dpdk-device"))?;
                 let spec: DeviceSpec = device.parse().map_err(|error| refused(&error))?;
@@ -113,6 +124,7 @@ impl Node {
         match &self.local {
             Local::Dpdk(local) => &local.driver,
             Local::Tcp { .. } => "tcp",
+            Local::Shm(_) => "shm",
         }
     }
 
@@ -223,6 +235,7 @@ fn chain(error: &dyn std::error::Error) -> String {
 impl fmt::Display for Kind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
+            Kind::Shm => "shm",
             Kind::Dpdk => "dpdk",
             Kind::Tcp => "tcp",
             Kind::Mem => "mem",

@@ -72,6 +72,7 @@ impl Session {
         let remote_driver = match &local {
             Local::Dpdk(local) => local.driver.clone(),
             Local::Tcp { .. } => "tcp".into(),
+            Local::Shm(_) => "shm".into(),
         };
         let dialled = channel.peer().map_err(BenchError::Channel)?;
         open_path(&mut node, &local, session, token, Some(dialled))?;

@@ -40,7 +40,7 @@ pub struct BenchArgs {
     /// Where the other end is.
     #[command(flatten)]
     pub place: Place,
-    /// What carries blocks, compared: dpdk, tcp, mem (default: all that work)
+    /// What carries blocks, compared: shm, dpdk, tcp, mem (default: dpdk and tcp)
     #[arg(long, value_delimiter = ',', value_name = "LIST")]
     pub transport: Vec<Kind>,
     /// What is done with blocks (default: send, and pingpong of the smallest)

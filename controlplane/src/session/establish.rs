@@ -199,6 +199,9 @@ impl Talk<'_> {
         ) else {
             return Ok(Err("it is not there".to_owned()));
         };
+        if let Some(reason) = engine.local.refuses(local) {
+            return Ok(Err(reason));
+        }
         let session = engine.endpoint.new_session(u32::from_ne_bytes(random()));
         let mut draft = Draft::new(engine, session);
         let token = Token(random());
