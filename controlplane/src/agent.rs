@@ -24,9 +24,10 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::Semaphore;
 
 use crate::application::{self, ApplicationError};
-use crate::config::{Config, DRAIN_LIMIT};
+use crate::config::{Config, ConfigError, DRAIN_LIMIT};
 use crate::devices::Devices;
 use crate::frame::FrameError;
+use crate::identity::{CredentialError, Credentials, Identity};
 use crate::node::{Node, Parts};
 use crate::session::establish;
 use crate::transport::{Attended, Local, Preference, Transport, Transports};
@@ -79,6 +80,9 @@ pub enum AgentError {
         /// The system's answer.
         source: io::Error,
     },
+    /// Its credentials are no good.
+    #[error(transparent)]
+    Credentials(#[from] CredentialError),
     /// Nothing that is allowed works.
     #[error("none of the allowed transports ({allowed}) can be used: {reasons}")]
     NoTransport {
@@ -93,21 +97,33 @@ pub enum AgentError {
 }
 
 /// Runs an agent until SIGTERM or SIGINT; returns once everything is given back.
-pub fn run(config: Config, json: bool) -> Result<(), AgentError> {
+/// On SIGHUP `reload` gives newer settings, of which identity and access count.
+pub fn run(
+    config: Config,
+    reload: impl Fn() -> Result<Config, ConfigError> + Send + 'static,
+    json: bool,
+) -> Result<(), AgentError> {
     let runtime = tokio::runtime::Builder::new_multi_thread()
         // Control only: tensor bytes are moved by the engines' own threads.
         .worker_threads(2)
         .thread_name("genie-control")
         .enable_all()
         .build()?;
-    let result = runtime.block_on(serve(config, json));
+    let result = runtime.block_on(serve(config, reload, json));
     // A blocking copy or allocation that is still under way is not waited for.
     runtime.shutdown_timeout(Duration::from_millis(100));
     result
 }
 
-async fn serve(config: Config, json: bool) -> Result<(), AgentError> {
+async fn serve(
+    config: Config,
+    reload: impl Fn() -> Result<Config, ConfigError> + Send + 'static,
+    json: bool,
+) -> Result<(), AgentError> {
     let mut stop = Stop::new()?;
+    // Before anything is promised: SIGHUP must never end an agent.
+    let mut hangup = signal(SignalKind::hangup())?;
+    let credentials = load_credentials(&config)?;
     let listener = listen(config.listen).await?;
     let (applications, socket) = bind_socket(&config).await?;
     let (transports, attended) = start_transports(&config)?;
@@ -125,6 +141,7 @@ async fn serve(config: Config, json: bool) -> Result<(), AgentError> {
         socket: config.socket.clone(),
         warning: config.warning(),
         devices: Devices::open(&config.accelerators),
+        identity: Identity::new(credentials, config.access.clone()),
     });
     for attended in attended {
         attend(&node, attended);
@@ -133,6 +150,7 @@ async fn serve(config: Config, json: bool) -> Result<(), AgentError> {
     tokio::select! {
         () = accept_peers(&node, &listener) => {}
         () = accept_applications(&node, &applications) => {}
+        () = renew(&node, &mut hangup, reload) => {}
         name = stop.wait() => tracing::info!("{name}: stopping"),
     }
     node.stop();
@@ -143,6 +161,51 @@ async fn serve(config: Config, json: bool) -> Result<(), AgentError> {
     tokio::time::sleep(Duration::from_millis(50)).await;
     let stopped = tokio::task::spawn_blocking(move || node.transports.stop()).await;
     stopped.map_err(|error| io::Error::other(error).into())
+}
+
+fn load_credentials(config: &Config) -> Result<Option<Arc<Credentials>>, CredentialError> {
+    let load = |files| Credentials::load(files, &config.name).map(Arc::new);
+    config.credentials.as_ref().map(load).transpose()
+}
+
+/// Takes newer credentials, allowed peers and rights whenever SIGHUP says so.
+async fn renew(
+    node: &Arc<Node>,
+    hangup: &mut Signal,
+    reload: impl Fn() -> Result<Config, ConfigError>,
+) {
+    while hangup.recv().await.is_some() {
+        match newer(node, &reload) {
+            Ok(()) => {
+                let summary = node.identity.current().summary();
+                tracing::info!("SIGHUP: from now on {summary}");
+                node.end_unwanted_sessions();
+            }
+            Err(reason) => {
+                tracing::error!("SIGHUP: everything stays as it was: {reason}");
+                node.identity.keep(reason);
+            }
+        }
+    }
+}
+
+fn newer(node: &Node, reload: impl Fn() -> Result<Config, ConfigError>) -> Result<(), String> {
+    let config = reload().map_err(|error| error.to_string())?;
+    if config.name != node.name {
+        let (new, old) = (&config.name, &node.name);
+        return Err(format!(
+            "the node's name changed from '{old}' to '{new}': restart the agent for that"
+        ));
+    }
+    let had = node.identity.current().credentials.is_some();
+    if had != config.credentials.is_some() {
+        return Err(
+            "TLS cannot be turned on or off in a running agent: restart it for that".to_owned(),
+        );
+    }
+    let credentials = load_credentials(&config).map_err(|error| error.to_string())?;
+    node.identity.replace(credentials, config.access);
+    Ok(())
 }
 
 async fn drain(node: &Node, stop: &mut Stop) {
@@ -456,6 +519,7 @@ fn announce(node: &Node, config: &Config, json: bool) -> io::Result<()> {
     if let Some(warning) = &status.warning {
         tracing::warn!("{warning}");
     }
+    tracing::info!("{}", status.identity.summary);
     tracing::info!(limits = config.limits(), "{} starts", status.name);
     let usable = |preference: &Preference| {
         let there = |t: &Transport| node.transports.engine(*t).map(|engine| engine.path());

@@ -3,6 +3,7 @@
 //! Exit codes: 0 done, 1 failed, 2 not understood. Data goes to stdout, as text
 //! or with `--json` as one JSON value; everything else goes to stderr.
 
+mod ca;
 mod device;
 mod hugepages;
 mod move_file;
@@ -21,11 +22,13 @@ use genie_dataplane::stage::StartError;
 use serde::Serialize;
 use tracing_subscriber::EnvFilter;
 
+use ca::CaCommand;
 use hugepages::{HugepagesCommand, HugepagesError};
 
 use crate::agent::{self, AgentError};
 use crate::bench::{self, BenchArgs, BenchError};
 use crate::config::{AgentArgs, Config, ConfigError, default_socket};
+use crate::identity::authority::AuthorityError;
 use crate::safetensors::FileError;
 use crate::tensor::{TensorError, check_name};
 
@@ -89,6 +92,9 @@ enum Command {
     /// Show, reserve or give back this machine's huge pages
     #[command(subcommand)]
     Hugepages(HugepagesCommand),
+    /// Make credentials for agents
+    #[command(subcommand)]
+    Ca(CaCommand),
     /// Show the agent, its transports, sessions and counters
     Status {
         #[command(flatten)]
@@ -134,6 +140,8 @@ enum CommandError {
     File(#[from] FileError),
     #[error(transparent)]
     Hugepages(#[from] HugepagesError),
+    #[error(transparent)]
+    Authority(#[from] AuthorityError),
     #[error(transparent)]
     Bench(#[from] BenchError),
     #[error(transparent)]
@@ -217,8 +225,11 @@ pub fn main() -> ExitCode {
 fn run(command: Command, json: bool) -> Result<(), CommandError> {
     match command {
         Command::Agent(args) => {
-            let names = std::env::vars_os().filter_map(|(name, _)| name.into_string().ok());
-            Ok(agent::run(Config::load(*args, names)?, json)?)
+            let load = move || {
+                let names = std::env::vars_os().filter_map(|(name, _)| name.into_string().ok());
+                Config::load((*args).clone(), names)
+            };
+            Ok(agent::run(load()?, load, json)?)
         }
         Command::Put {
             file,
@@ -249,6 +260,7 @@ fn run(command: Command, json: bool) -> Result<(), CommandError> {
             let removed = show::Removed { tensors };
             print(json, &removed, || format!("removed {tensors} tensors\n"))
         }
+        Command::Ca(command) => ca::run(command, json),
         Command::Hugepages(command) => hugepages::run(command, json),
         Command::Status { agent } => {
             let status = agent.connect()?.status()?;

@@ -16,7 +16,9 @@ use genie_dataplane::memory::accelerator::{MemoryKind, UnknownMemory};
 use genie_dataplane::tcp::STREAMS_MAX;
 use serde::Deserialize;
 
+use crate::identity::CredentialFiles;
 use crate::quota::Limits;
+use crate::rights::{ANYBODY, Access, Rights};
 use crate::tensor::check_name;
 use crate::transport::{Preference, PreferenceError};
 use crate::units::{UnitError, parse_bytes, parse_duration, show_bytes};
@@ -124,6 +126,18 @@ pub struct AgentArgs {
     /// The kernel's congestion control of TCP data connections: cubic, bbr … [default: the system's; over loopback cubic]
     #[arg(long, value_name = "NAME", env = "GENIE_TCP_CONGESTION")]
     pub tcp_congestion: Option<String>,
+    /// Certificates of the CA that peers' must be signed by ('genie ca init' makes one)
+    #[arg(long, value_name = "FILE", env = "GENIE_CA")]
+    pub ca: Option<PathBuf>,
+    /// This node's certificate, with its --name ('genie ca issue NAME' makes one)
+    #[arg(long, value_name = "FILE", env = "GENIE_CERT")]
+    pub cert: Option<PathBuf>,
+    /// The certificate's private key
+    #[arg(long, value_name = "FILE", env = "GENIE_KEY")]
+    pub key: Option<PathBuf>,
+    /// A peer that may open sessions; may be repeated [default: all that the CA certified]
+    #[arg(long, value_name = "NAME", env = "GENIE_ALLOW", value_delimiter = ',')]
+    pub allow: Vec<String>,
     /// Listen on addresses that others can reach though nobody is authenticated
     #[arg(long, env = "GENIE_ALLOW_UNAUTHENTICATED", value_parser = FalseyValueParser::new())]
     pub allow_unauthenticated: bool,
@@ -168,6 +182,10 @@ pub struct Config {
     pub streams: u16,
     /// The kernel's congestion control of TCP data connections, if one was asked for.
     pub tcp_congestion: Option<String>,
+    /// Where its credentials lie.
+    pub credentials: Option<CredentialFiles>,
+    /// Which peers may open sessions, and what they may do.
+    pub access: Access,
     /// Whether it may listen where strangers can reach it.
     pub allow_unauthenticated: bool,
 }
@@ -222,8 +240,10 @@ pub enum ConfigError {
     NoSocket,
     /// Not for strangers.
     #[error(
-        "{0} can be reached from other machines, and sessions are not authenticated yet: \
-         listen on 127.0.0.1, or, in a private test network only, add --allow-unauthenticated"
+        "{0} can be reached from other machines, and without credentials anybody could open \
+         sessions: make some with 'genie ca init' and 'genie ca issue NAME' and add --ca, --cert \
+         and --key; or listen on 127.0.0.1; or, in a private test network only, add \
+         --allow-unauthenticated"
     )]
     Exposed(SocketAddr),
 }
@@ -252,10 +272,15 @@ struct File {
     stall: Option<String>,
     streams: Option<u16>,
     tcp_congestion: Option<String>,
+    ca: Option<PathBuf>,
+    cert: Option<PathBuf>,
+    key: Option<PathBuf>,
+    allow: Option<OneOrMore>,
+    rights: BTreeMap<String, Rights>,
     allow_unauthenticated: bool,
 }
 
-const KEYS: [&str; 21] = [
+const KEYS: [&str; 26] = [
     "name",
     "listen",
     "data",
@@ -276,6 +301,11 @@ const KEYS: [&str; 21] = [
     "stall",
     "streams",
     "tcp-congestion",
+    "ca",
+    "cert",
+    "key",
+    "allow",
+    "rights",
     "allow-unauthenticated",
 ];
 
@@ -399,6 +429,33 @@ impl Config {
         } else {
             args.peer.into_iter().collect()
         };
+        let credentials = match (
+            args.ca.or(file.ca),
+            args.cert.or(file.cert),
+            args.key.or(file.key),
+        ) {
+            (Some(ca), Some(cert), Some(key)) => Some(CredentialFiles { ca, cert, key }),
+            (None, None, None) => None,
+            (ca, cert, _) => {
+                let missing = match (ca, cert) {
+                    (None, _) => "ca",
+                    (_, None) => "cert",
+                    _ => "key",
+                };
+                return Err(value(missing)(
+                    "--ca, --cert and --key go together: this one is missing".to_owned(),
+                ));
+            }
+        };
+        let allowed = if args.allow.is_empty() {
+            file.allow.map(OneOrMore::list).unwrap_or_default()
+        } else {
+            args.allow
+        };
+        let access = Access {
+            allowed: allowed.into_iter().collect(),
+            rights: file.rights,
+        };
         let config = Self {
             name: args.name.or(file.name).unwrap_or_else(host_name),
             listen,
@@ -429,6 +486,8 @@ impl Config {
             stall: time(args.stall, file.stall, "stall", STALL)?,
             streams: args.streams.or(file.streams).unwrap_or(2),
             tcp_congestion: args.tcp_congestion.or(file.tcp_congestion),
+            credentials,
+            access,
             allow_unauthenticated: args.allow_unauthenticated || file.allow_unauthenticated,
         };
         config.check()?;
@@ -455,8 +514,24 @@ impl Config {
                 format!("{} is not between 1 and {STREAMS_MAX}", self.streams),
             );
         }
+        for name in self.access.allowed.iter().chain(self.access.rights.keys()) {
+            if name != ANYBODY
+                && let Err(error) = check_node(name)
+            {
+                return value("allow", error);
+            }
+        }
+        if self.credentials.is_none() && self.access != Access::default() {
+            return value(
+                "allow",
+                "without --ca, --cert and --key peers are whoever they say they are, so neither \
+                 allow nor rights would keep anybody out"
+                    .to_owned(),
+            );
+        }
+        let open = self.credentials.is_none();
         for address in [self.listen, self.data] {
-            if !address.ip().is_loopback() && !self.allow_unauthenticated {
+            if open && !address.ip().is_loopback() && !self.allow_unauthenticated {
                 return Err(ConfigError::Exposed(address));
             }
         }
@@ -465,6 +540,16 @@ impl Config {
 
     /// What must be said of security, if anything.
     pub fn warning(&self) -> Option<String> {
+        if self.credentials.is_some() {
+            // Whoever shares the link could still spoof UDP.
+            return self.dpdk_device.as_ref().and_then(|device| match device {
+                DeviceSpec::Pci(device) => Some(format!(
+                    "packets of the DPDK path are not authenticated: whoever shares the link of \
+                     pci:{device} can spoof them"
+                )),
+                _ => None,
+            });
+        }
         let addresses = [self.listen, self.data].into_iter();
         let exposed = addresses.filter(|address| !address.ip().is_loopback());
         let mut exposed: Vec<String> = exposed.map(|address| address.to_string()).collect();
@@ -577,7 +662,7 @@ fn parse_peer(text: &str) -> Result<(String, String), String> {
 }
 
 /// A node's name: one component, without what separates it from a prefix.
-fn check_node(name: &str) -> Result<(), String> {
+pub(crate) fn check_node(name: &str) -> Result<(), String> {
     check_name(name).map_err(|error| error.to_string())?;
     if name.contains(['/', ':', '=', ',']) {
         return Err(format!("the node name '{name}' contains one of / : = ,"));
@@ -588,6 +673,8 @@ fn check_node(name: &str) -> Result<(), String> {
 fn check_variables(variables: impl Iterator<Item = String>) -> Result<(), ConfigError> {
     let known: BTreeSet<String> = KEYS
         .iter()
+        // A table has no place in a variable.
+        .filter(|key| **key != "rights")
         .map(|key| format!("GENIE_{}", key.to_uppercase().replace('-', "_")))
         .chain(OTHER_VARIABLES.map(str::to_owned))
         .chain(["GENIE_CONFIG".to_owned()])
@@ -705,6 +792,52 @@ mod tests {
         assert!(nic.warning().unwrap().contains("pci:0000:01:00.0"));
         let pair = load(args(), "dpdk-device = 'pair:/tmp/x'").unwrap();
         assert_eq!(pair.warning(), None);
+    }
+
+    #[test]
+    fn credentials_come_whole_and_open_the_agent_to_the_network() {
+        let files = "ca = 'ca.pem'\ncert = 'a.pem'\nkey = 'a.key'\n";
+        let config = load(args(), &format!("{files}listen = '0.0.0.0:5555'\n")).unwrap();
+        let expected = CredentialFiles {
+            ca: "ca.pem".into(),
+            cert: "a.pem".into(),
+            key: "a.key".into(),
+        };
+        assert_eq!(config.credentials, Some(expected));
+        assert_eq!(config.warning(), None);
+        assert!(refusal("ca = 'x'\ncert = 'y'").starts_with("key: "));
+        assert!(refusal("ca = 'x'\nkey = 'y'").starts_with("cert: "));
+        assert!(refusal("key = 'x'").starts_with("ca: "));
+        let nic = format!("{files}dpdk-device = 'pci:0000:01:00.0'");
+        assert!(
+            load(args(), &nic)
+                .unwrap()
+                .warning()
+                .unwrap()
+                .contains("spoof")
+        );
+    }
+
+    #[test]
+    fn rights_without_credentials_would_keep_nobody_out() {
+        for toml in ["allow = 'b'", "[rights.b]\nput = ['m']"] {
+            assert!(
+                refusal(toml).contains("whoever they say they are"),
+                "{toml}"
+            );
+        }
+        let files = "ca = 'ca.pem'\ncert = 'a.pem'\nkey = 'a.key'\n";
+        let config = load(
+            args(),
+            &format!("{files}allow = ['b', 'c']\n[rights.b]\nput = ['m']"),
+        );
+        let access = config.unwrap().access;
+        assert!(access.admits("b") && !access.admits("d"));
+        assert!(access.grants("b", crate::rights::Right::Put, "m/x"));
+        assert!(refusal(&format!("{files}allow = 'a/b'")).contains("a/b"));
+        assert!(refusal(&format!("{files}[rights.b]\nputt = ['m']")).contains("putt"));
+        let ignored = check_variables(["GENIE_RIGHTS".to_owned()].into_iter());
+        assert!(ignored.is_err(), "no variable can hold a table");
     }
 
     #[test]

@@ -21,6 +21,7 @@ where
         .write_all(&preamble())
         .await
         .map_err(FrameError::Io)?;
+    stream.flush().await.map_err(FrameError::Io)?;
     let mut theirs = [0; 8];
     stream.read_exact(&mut theirs).await.map_err(ended)?;
     check_preamble(theirs)
@@ -57,7 +58,9 @@ where
     stream
         .write_all(&encode(message)?)
         .await
-        .map_err(FrameError::Io)
+        .map_err(FrameError::Io)?;
+    // TLS keeps what it was given until then.
+    stream.flush().await.map_err(FrameError::Io)
 }
 
 #[cfg(test)]
@@ -104,7 +107,12 @@ mod tests {
             Message::Try {
                 transport: Transport::Tcp,
                 session: SessionId(7),
-                token: Token([9; 16]),
+                token: Some(Token([9; 16])),
+            },
+            Message::Try {
+                transport: Transport::Dpdk,
+                session: SessionId(7),
+                token: None,
             },
             Message::Trying {
                 session: SessionId(8),
@@ -157,6 +165,11 @@ mod tests {
             Message::Done {
                 id: 1,
                 result: Err("the store is full".into()),
+            },
+            Message::Denied {
+                id: 1,
+                right: crate::rights::Right::Put,
+                name: "m".into(),
             },
             Message::Cancel { id: 1 },
         ]

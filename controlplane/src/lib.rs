@@ -3,7 +3,8 @@
 //! The `genie` binary is a thin shell around this crate. In reading order:
 //! [`agent`] (one process a host), [`application`] (the socket that programs on
 //! the host use; [`genie_client`] is its other end), [`session`] (one connection to a
-//! peer's agent), [`negotiation`] (which path and why not a better one),
+//! peer's agent), [`identity`] (who that is, and [`rights`]: what it may do),
+//! [`negotiation`] (which path and why not a better one),
 //! [`transfer`] (a batch of tensors moving), [`store`] (where they live).
 //! Bytes of tensors never pass through here: the engines of
 //! [`genie_dataplane`] move them.
@@ -18,10 +19,12 @@ pub mod cli;
 pub mod config;
 pub mod devices;
 pub mod frame;
+pub mod identity;
 pub mod message;
 pub mod negotiation;
 pub mod node;
 pub mod quota;
+pub mod rights;
 pub mod safetensors;
 pub mod session;
 pub mod store;

@@ -12,6 +12,7 @@
 //!   Granted…                      →                            ← Done
 //!   Begin List                    →      ← Listed…             ← Done
 //!   Begin Remove                  →                            ← Done
+//!                                        (or Denied to any of these)
 //!   Cancel (of any of these)      →
 //!   Bye, either way, at the end
 //! ```
@@ -27,6 +28,7 @@ use genie_dataplane::{SessionId, TransferId};
 use serde::{Deserialize, Serialize};
 
 use crate::negotiation::Refusal;
+use crate::rights::Right;
 use crate::tensor::{Metadata, TensorInfo, metadata_bytes};
 use crate::transport::{Offer, Preference, Transport};
 
@@ -64,8 +66,9 @@ pub enum Message {
         transport: Transport,
         /// What the acceptor shall put into what it sends.
         session: SessionId,
-        /// Proves that data connections are the dialler's.
-        token: Token,
+        /// Proves that data connections are the dialler's; none under TLS,
+        /// where both ends derive it.
+        token: Option<Token>,
     },
     /// Acceptor: ready, open yours.
     Trying {
@@ -143,6 +146,15 @@ pub enum Message {
         /// What was done, or why not.
         result: Result<Outcome, String>,
     },
+    /// Acceptor: the dialler lacks the right to what it asked for.
+    Denied {
+        /// Which request.
+        id: u64,
+        /// What it must be allowed to do.
+        right: Right,
+        /// Under which name; empty for all of the store.
+        name: String,
+    },
     /// Dialler: never mind.
     Cancel {
         /// Which request.
@@ -215,6 +227,7 @@ impl Message {
                 result: Err(reason),
                 ..
             } => reason.len(),
+            Self::Denied { name, .. } => name.len(),
             _ => 0,
         }
     }

@@ -13,6 +13,7 @@ use genie_dataplane::memory::accelerator::MemoryKind;
 
 use crate::budget::{Budget, Room};
 use crate::devices::Devices;
+use crate::identity::Identity;
 use crate::message::{Hello, Instance};
 use crate::quota::{self, Quotas};
 use crate::session::{Direction, Session, SessionError, establish};
@@ -51,6 +52,8 @@ pub struct Node {
     pub warning: Option<String>,
     /// Accelerators, and why some cannot be used.
     pub devices: Devices,
+    /// Who this node is, and whom it admits.
+    pub identity: Identity,
     /// When the agent started.
     pub started: Instant,
     live: Mutex<HashMap<(Transport, SessionId), Arc<Session>>>,
@@ -95,6 +98,8 @@ pub struct Parts {
     pub warning: Option<String>,
     /// Accelerators.
     pub devices: Devices,
+    /// Who this node is, and whom it admits.
+    pub identity: Identity,
 }
 
 /// Something under way that a stopping agent waits for.
@@ -128,6 +133,7 @@ impl Node {
             socket: parts.socket,
             warning: parts.warning,
             devices: parts.devices,
+            identity: parts.identity,
             started: Instant::now(),
             live: Mutex::default(),
             busy: AtomicUsize::new(0),
@@ -207,6 +213,34 @@ impl Node {
         }
     }
 
+    /// Ends the sessions whose peers would not be admitted any more.
+    pub fn end_unwanted_sessions(&self) {
+        let current = self.identity.current();
+        let sessions: Vec<_> = self.live().values().cloned().collect();
+        for session in sessions {
+            let (name, peer) = (&self.name, &session.peer);
+            if session.direction == Direction::Accepted && !current.access.admits(peer) {
+                session.end(format!("node '{name}' no longer allows '{peer}' (--allow)"));
+            }
+            if let (Some(credentials), Some(chain)) = (&current.credentials, &session.chain)
+                && let Err(reason) = credentials.verify(chain, peer)
+            {
+                session.end(format!(
+                    "node '{name}' no longer believes '{peer}': {reason}"
+                ));
+            }
+        }
+    }
+
+    /// Sessions that peer has dialled.
+    pub(crate) fn sessions_of(&self, peer: &str) -> usize {
+        let live = self.live();
+        let accepted = live
+            .values()
+            .filter(|session| session.direction == Direction::Accepted && session.peer == peer);
+        accepted.count()
+    }
+
     /// Marks something as under way; none once the agent is stopping.
     pub fn begin(&self) -> Option<Busy<'_>> {
         // Counted before it is looked: a stopping agent either sees this or is
@@ -244,6 +278,7 @@ impl Node {
             listen: self.listen,
             socket: self.socket.clone(),
             warning: self.warning.clone(),
+            identity: self.identity.status(),
             preference: self.preference.to_string(),
             transports: self.transport_status(),
             peers: self.peers.iter().map(peer).collect(),

@@ -21,15 +21,17 @@ use std::time::{Duration, Instant};
 use genie_dataplane::SessionId;
 use genie_dataplane::endpoint::Endpoint;
 use tokio::io::AsyncWriteExt;
-use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::{mpsc, watch};
 use tokio::task::AbortHandle;
 use tokio::time::timeout;
 
 use crate::frame::{self, FrameError};
+use crate::identity::credentials::Chain;
+use crate::identity::stream::{Reader, Writer};
 use crate::message::{Instance, Message, Request};
 use crate::negotiation::Refusal;
 use crate::node::Node;
+use crate::rights::Right;
 use crate::tensor::LIST_MAX;
 use crate::transfer;
 use crate::transport::{Preference, Transport};
@@ -94,6 +96,30 @@ pub enum SessionError {
         peer: String,
         /// How long.
         limit: Duration,
+    },
+    /// One of the two does not believe that the other is who it says.
+    #[error("peer '{peer}' at {address}: {reason}")]
+    Untrusted {
+        /// Its name, if it has proven one.
+        peer: String,
+        /// Where the connection goes.
+        address: String,
+        /// What was wrong, and what mends it.
+        reason: String,
+    },
+    /// It does not let us do this.
+    #[error(
+        "peer '{peer}' does not let this node {right} {}: \
+         its configuration must allow it under [rights]",
+        show_name(name)
+    )]
+    Denied {
+        /// Its name.
+        peer: String,
+        /// What we must be allowed to do.
+        right: Right,
+        /// Under which name; empty for all of the store.
+        name: String,
     },
     /// It does not want us.
     #[error("peer '{peer}' refused: {reason}")]
@@ -161,6 +187,8 @@ pub struct Session {
     pub path: Path,
     /// Better paths and why they were refused.
     pub refused: Vec<Refusal>,
+    /// The certificates it has shown, if it had to.
+    pub chain: Option<Chain>,
     /// Since when it is up.
     pub since: Instant,
     /// For how long a request may make no progress.
@@ -186,6 +214,8 @@ pub struct Agreed {
     pub path: Path,
     /// Better paths and why they were refused.
     pub refused: Vec<Refusal>,
+    /// The certificates it has shown, if it had to.
+    pub chain: Option<Chain>,
     /// After how much silence the more impatient of the two gives up.
     pub liveness: Duration,
     /// The longest transfer that both ends take, where that is limited.
@@ -213,18 +243,14 @@ struct Entry {
 
 impl Session {
     /// Starts serving a connection on which everything was agreed.
-    pub fn start(
-        node: &Arc<Node>,
-        agreed: Agreed,
-        reader: OwnedReadHalf,
-        writer: OwnedWriteHalf,
-    ) -> Arc<Self> {
+    pub fn start(node: &Arc<Node>, agreed: Agreed, reader: Reader, writer: Writer) -> Arc<Self> {
         let Agreed {
             peer,
             instance,
             direction,
             path,
             refused,
+            chain,
             liveness,
             range_bytes,
         } = agreed;
@@ -235,6 +261,7 @@ impl Session {
             direction,
             path,
             refused,
+            chain,
             since: Instant::now(),
             stall: node.stall,
             range_bytes,
@@ -386,6 +413,12 @@ impl Session {
         };
         let node = Arc::clone(node);
         let task = tokio::spawn(async move {
+            let (right, name) = request.needs();
+            if !node.identity.check(&call.session.peer, right, name) {
+                let name = name.to_owned();
+                let _ = call.send(Message::Denied { id, right, name }).await;
+                return;
+            }
             let result = transfer::serve(&node, &mut call, request).await;
             if let Err(reason) = &result {
                 tracing::info!(peer = %call.session.peer, %reason, "a request failed");
@@ -423,7 +456,8 @@ impl Session {
             | Message::Found { id, .. }
             | Message::Granted { id, .. }
             | Message::Listed { id, .. }
-            | Message::Done { id, .. } => self.route(id, message),
+            | Message::Done { id, .. }
+            | Message::Denied { id, .. } => self.route(id, message),
             Message::Hello(_)
             | Message::Try { .. }
             | Message::Trying { .. }
@@ -466,7 +500,14 @@ impl Call {
             .ok_or_else(|| self.session.error())?;
         self.queued
             .fetch_sub(message.held_bytes(), Ordering::Relaxed);
-        Ok(message)
+        match message {
+            Message::Denied { right, name, .. } => Err(SessionError::Denied {
+                peer: self.session.peer.clone(),
+                right,
+                name,
+            }),
+            message => Ok(message),
+        }
     }
 
     /// Says that nothing more is to come: dropping it cancels nothing.
@@ -503,12 +544,7 @@ fn kind(message: &Message) -> String {
     text.split([' ', '(']).next().unwrap_or_default().to_owned()
 }
 
-async fn read_loop(
-    node: Arc<Node>,
-    session: Arc<Session>,
-    mut reader: OwnedReadHalf,
-    liveness: Duration,
-) {
+async fn read_loop(node: Arc<Node>, session: Arc<Session>, mut reader: Reader, liveness: Duration) {
     let peer = &session.peer;
     let reason = loop {
         let next = timeout(
@@ -538,7 +574,7 @@ async fn read_loop(
 
 async fn write_loop(
     session: Arc<Session>,
-    mut writer: OwnedWriteHalf,
+    mut writer: Writer,
     mut outgoing: mpsc::Receiver<Message>,
     liveness: Duration,
 ) {
@@ -563,6 +599,14 @@ async fn write_loop(
             Ok(Err(error)) => session.end(format!("peer '{peer}': {error}")),
             Err(_) => session.end(format!("peer '{peer}' took nothing for {liveness:?}")),
         }
+    }
+}
+
+/// A name of the store as it is said in errors.
+fn show_name(name: &str) -> String {
+    match name {
+        "" => "all names".to_owned(),
+        name => format!("under '{name}'"),
     }
 }
 

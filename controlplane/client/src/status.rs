@@ -24,6 +24,8 @@ pub struct AgentStatus {
     pub socket: PathBuf,
     /// What it says of security; none when there is nothing to say.
     pub warning: Option<String>,
+    /// Who it is, and whom it admits.
+    pub identity: IdentityStatus,
     /// What it allows, best first.
     pub preference: String,
     /// Transports and why some cannot be used.
@@ -58,6 +60,21 @@ pub struct AcceleratorStatus {
     pub reason: Option<String>,
     /// Why network cards do not reach its memory, so that tensors are staged.
     pub gpudirect: Option<String>,
+}
+
+/// Who an agent is, and whom it admits.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct IdentityStatus {
+    /// Whether peers must prove their names.
+    pub authenticated: bool,
+    /// In one line.
+    pub summary: String,
+    /// Why newer files are not used, if they are not.
+    pub reload_error: Option<String>,
+    /// Connections of peers that were turned away.
+    pub refused_peers: u64,
+    /// Requests that were refused for want of a right.
+    pub refused_requests: u64,
 }
 
 /// How full the store, or the room for arenas, is.

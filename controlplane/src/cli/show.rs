@@ -101,6 +101,16 @@ pub(super) fn status(status: &AgentStatus) -> String {
             status.name, status.version, status.instance, status.up_seconds
         ),
     );
+    line(
+        &mut text,
+        &format!("  identity: {}", status.identity.summary),
+    );
+    if let Some(reason) = &status.identity.reload_error {
+        line(
+            &mut text,
+            &format!("  WARNING: newer files are not used: {reason}"),
+        );
+    }
     if let Some(warning) = &status.warning {
         line(&mut text, &format!("  WARNING: {warning}"));
     }

@@ -16,6 +16,8 @@ use tokio::time::timeout;
 use super::{Agreed, Direction, Path, Session, SessionError, kind, show_refusals};
 use crate::devices::agreed_range;
 use crate::frame::{self, FrameError};
+use crate::identity::Current;
+use crate::identity::stream::{ControlStream, HandshakeError, late_refusal, linger};
 use crate::message::{Hello, Message};
 use crate::negotiation::{Refusal, Side, better_refused, plan};
 use crate::node::{Node, random};
@@ -26,11 +28,15 @@ use crate::transport::{Engine, Local, Offer, Transport};
 /// two at most and each transport that is tried six; the rest is to spare.
 const PATIENCE: u32 = 20;
 
+/// Sessions that one peer may have dialled: agents need one each way.
+const PEER_SESSIONS_MAX: usize = 64;
+
 /// Talks on a connection that has no session yet.
 struct Talk<'a> {
     node: &'a Arc<Node>,
-    stream: TcpStream,
+    stream: ControlStream,
     peer: String,
+    address: String,
 }
 
 /// A path that is open at this end but not agreed on; closed when dropped.
@@ -56,10 +62,21 @@ pub async fn dial(
     let control = stream
         .peer_addr()
         .map_err(|error| unreachable(error.to_string()))?;
+    let current = node.identity.current();
+    let handshake = ControlStream::dial(stream, current.credentials.as_deref(), peer);
+    let stream = match timeout(node.liveness, handshake).await {
+        Ok(Ok(stream)) => stream,
+        Ok(Err(error)) => return Err(failed_handshake(error, peer, address)),
+        Err(_) => {
+            let limit = node.liveness;
+            return Err(unreachable(format!("no TLS handshake within {limit:?}")));
+        }
+    };
     let mut talk = Talk {
         node,
         stream,
         peer: peer.to_owned(),
+        address: address.to_owned(),
     };
     let hello = match talk.introduce().await {
         Ok(hello) => hello,
@@ -86,10 +103,30 @@ pub async fn accept(node: &Arc<Node>, stream: TcpStream) -> Result<Arc<Session>,
     let peer = stream
         .peer_addr()
         .map_or_else(|_| "?".to_owned(), |addr| addr.to_string());
-    let mut talk = Talk { node, stream, peer };
+    let current = node.identity.current();
+    let address = peer.clone();
+    let handshake = ControlStream::accept(stream, current.credentials.as_deref());
+    let stream = match timeout(node.liveness, handshake).await {
+        Ok(Ok(stream)) => stream,
+        Ok(Err(error)) => {
+            node.identity.count_refused_peer();
+            return Err(turn_away(node, error, &address).await);
+        }
+        Err(_) => {
+            let limit = node.liveness;
+            return Err(SessionError::Silent { peer, limit });
+        }
+    };
+    let mut talk = Talk {
+        node,
+        stream,
+        peer,
+        address,
+    };
     let limit = node.liveness * PATIENCE;
     let agreed = timeout(limit, async {
         let hello = talk.introduce().await?;
+        talk.admit(&current, &hello.name).await?;
         talk.peer.clone_from(&hello.name);
         let (path, refused) = talk.answer_paths(&hello).await?;
         Ok((hello, path, refused))
@@ -112,7 +149,7 @@ impl Talk<'_> {
     async fn introduce(&mut self) -> Result<Hello, SessionError> {
         let limit = self.node.liveness;
         // Small messages that the other waits for.
-        let _ = self.stream.set_nodelay(true);
+        let _ = self.stream.set_nodelay();
         let exchanged = timeout(limit, frame::exchange_preamble(&mut self.stream)).await;
         self.in_time(exchanged, limit)?;
         let hello = Message::Hello(self.node.hello());
@@ -140,6 +177,33 @@ impl Talk<'_> {
                 })
             }
         }
+    }
+
+    /// Whether the peer that introduced itself so may open a session.
+    async fn admit(&mut self, current: &Current, name: &str) -> Result<(), SessionError> {
+        let ours = &self.node.name;
+        let reason = if let (Some(credentials), Some(chain)) =
+            (&current.credentials, self.stream.chain())
+            && credentials.verify(&chain, name).is_err()
+        {
+            format!(
+                "it calls itself '{name}', and its certificate is another node's: \
+                 start it with the --name in its certificate, or 'genie ca issue {name}'"
+            )
+        } else if !current.access.admits(name) {
+            format!("node '{ours}' does not allow '{name}': it takes --allow {name} there")
+        } else if self.node.sessions_of(name) >= PEER_SESSIONS_MAX {
+            format!("'{name}' has {PEER_SESSIONS_MAX} sessions with node '{ours}' already")
+        } else {
+            return Ok(());
+        };
+        self.node.identity.count_refused_peer();
+        self.bye(&reason).await;
+        Err(SessionError::Untrusted {
+            peer: name.to_owned(),
+            address: self.address.clone(),
+            reason,
+        })
     }
 
     /// The dialler's part: tries the candidates in order.
@@ -204,11 +268,11 @@ impl Talk<'_> {
         }
         let session = engine.endpoint.new_session(u32::from_ne_bytes(random()));
         let mut draft = Draft::new(engine, session);
-        let token = Token(random());
+        let sent = self.stream.chain().is_none().then(|| Token(random()));
         self.send(&Message::Try {
             transport,
             session,
-            token,
+            token: sent,
         })
         .await?;
         let limit = self.open_limit() + self.node.liveness;
@@ -219,6 +283,8 @@ impl Talk<'_> {
             }
             other => return Err(self.unexpected(&other)),
         };
+        let token = self.stream.token(session, theirs).or(sent);
+        let token = token.expect("derived under TLS, made otherwise");
         let remote = local.remote(&engine.local, theirs, token, Some(control));
         let opened = self.open(engine, session, remote).await;
         let answer = match self.recv(limit).await? {
@@ -270,7 +336,7 @@ impl Talk<'_> {
         hello: &Hello,
         transport: Transport,
         theirs: SessionId,
-        token: Token,
+        sent: Option<Token>,
     ) -> Result<Option<(Draft, Duration)>, SessionError> {
         let allowed = self.node.preference.allows(transport);
         let engine = self.node.transports.engine(transport).filter(|_| allowed);
@@ -281,6 +347,12 @@ impl Talk<'_> {
         };
         let session = engine.endpoint.new_session(u32::from_ne_bytes(random()));
         let draft = Draft::new(engine, session);
+        // Under TLS what was sent does not count.
+        let Some(token) = self.stream.token(theirs, session).or(sent) else {
+            let peer = self.peer.clone();
+            let what = "Try without a token".to_owned();
+            return Err(SessionError::Unexpected { peer, what });
+        };
         let remote = local.remote(&engine.local, theirs, token, None);
         let limit = self.open_limit();
         let mut open = pin!(timeout(limit, engine.endpoint.open(session, remote)));
@@ -334,6 +406,7 @@ impl Talk<'_> {
             direction,
             path,
             refused,
+            chain: self.stream.chain(),
             liveness: self.node.liveness.min(theirs),
             range_bytes: agreed_range(self.node.devices.range_bytes(), hello.range_bytes),
         };
@@ -341,7 +414,7 @@ impl Talk<'_> {
             tracing::info!(peer = %agreed.peer, "a better path was refused: {refusal}");
         }
         tracing::info!(peer = %agreed.peer, path = %agreed.path.name, ?direction, "session up");
-        let (reader, writer) = self.stream.into_split();
+        let (reader, writer) = self.stream.split();
         Session::start(self.node, agreed, reader, writer)
     }
 
@@ -399,9 +472,16 @@ impl Talk<'_> {
         limit: Duration,
     ) -> Result<T, SessionError> {
         match result {
-            Ok(result) => result.map_err(|source| SessionError::Frame {
-                peer: self.peer.clone(),
-                source,
+            Ok(result) => result.map_err(|source| match late_refusal(&source) {
+                Some(reason) => SessionError::Untrusted {
+                    peer: self.peer.clone(),
+                    address: self.address.clone(),
+                    reason: format!("it refused this node: {reason}"),
+                },
+                None => SessionError::Frame {
+                    peer: self.peer.clone(),
+                    source,
+                },
             }),
             Err(_) => Err(SessionError::Silent {
                 peer: self.peer.clone(),
@@ -442,6 +522,47 @@ impl Drop for Draft {
             path.endpoint.close(path.session);
         }
     }
+}
+
+fn failed_handshake(error: HandshakeError, peer: &str, address: &str) -> SessionError {
+    let (peer, address) = (peer.to_owned(), address.to_owned());
+    match error {
+        HandshakeError::Io(source) => SessionError::Frame {
+            peer,
+            source: FrameError::Io(source),
+        },
+        HandshakeError::Untrusted(_) | HandshakeError::Mixed { .. } => {
+            let reason = error.to_string();
+            SessionError::Untrusted {
+                peer,
+                address,
+                reason,
+            }
+        }
+    }
+}
+
+/// Tells a stranger without TLS why nobody talks to it.
+async fn turn_away(node: &Node, mut error: HandshakeError, address: &str) -> SessionError {
+    if let HandshakeError::Mixed {
+        stranger: stranger @ Some(_),
+        ..
+    } = &mut error
+        && let Some(mut stream) = stranger.take()
+    {
+        let reason = format!(
+            "node '{}' talks to peers with certificates only: start this agent with --ca, --cert \
+             and --key ('genie ca issue' makes them)",
+            node.name
+        );
+        let _ = timeout(node.liveness, async {
+            let _ = frame::exchange_preamble(&mut stream).await;
+            let _ = frame::write(&mut stream, &Message::Bye { reason }).await;
+            linger(&mut stream).await;
+        })
+        .await;
+    }
+    failed_handshake(error, address, address)
 }
 
 fn find_local(offers: &[Offer], transport: Transport) -> Option<&Local> {
@@ -502,7 +623,7 @@ mod tests {
             let tried = Message::Try {
                 transport: Transport::Dpdk,
                 session: SessionId(1),
-                token: Token([0; 16]),
+                token: Some(Token([0; 16])),
             };
             // Always busy, never done.
             loop {

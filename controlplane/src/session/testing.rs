@@ -29,6 +29,7 @@ pub(crate) fn node() -> Arc<Node> {
         socket: "unused".into(),
         warning: None,
         devices: Default::default(),
+        identity: crate::identity::Identity::new(None, Default::default()),
     })
 }
 
@@ -58,6 +59,7 @@ pub(crate) fn session(direction: Direction) -> (Arc<Session>, mpsc::Receiver<Mes
         direction,
         path,
         refused: Vec::new(),
+        chain: None,
         since: Instant::now(),
         stall: STALL,
         range_bytes: None,

@@ -1,0 +1,252 @@
+//! A control connection: plain on loopback, TLS where there are credentials.
+//!
+//! The two never mix: the first byte tells which one a stranger speaks, and
+//! the wrong one is told so in the words it understands.
+
+use std::io;
+use std::pin::Pin;
+use std::task::{Context, Poll};
+
+use genie_dataplane::SessionId;
+use genie_dataplane::tcp::Token;
+use rustls::pki_types::ServerName;
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
+use tokio::net::TcpStream;
+use tokio_rustls::TlsStream;
+
+use super::credentials::{Chain, Credentials, explain, explain_io};
+use crate::frame::{FrameError, preamble};
+
+/// Type of TLS records that carry a handshake (RFC 8446, section 5.1).
+const TLS_HANDSHAKE: u8 = 22;
+
+/// Of the exporter (RFC 8446, section 7.5); RFC 5705 keeps labels that begin
+/// so for private use.
+const TOKEN_LABEL: &[u8] = b"EXPERIMENTAL genie data token";
+
+/// What is read of somebody who was turned away, so that the kernel does not
+/// throw our last words after its.
+const LINGER_BYTES: u64 = 64 << 10;
+
+/// A control connection.
+#[derive(Debug)]
+pub enum ControlStream {
+    /// Of an agent without credentials.
+    Plain(TcpStream),
+    /// Of one with.
+    Tls(Box<TlsStream<TcpStream>>),
+}
+
+/// Its half that reads.
+pub type Reader = Box<dyn AsyncRead + Send + Unpin>;
+
+/// Its half that writes.
+pub type Writer = Box<dyn AsyncWrite + Send + Unpin>;
+
+/// Why a stranger did not get as far as to introduce itself.
+#[derive(Debug, thiserror::Error)]
+pub enum HandshakeError {
+    /// The connection failed.
+    #[error("the connection failed: {0}")]
+    Io(#[source] io::Error),
+    /// The two ends do not believe each other.
+    #[error("{0}")]
+    Untrusted(String),
+    /// One speaks TLS, the other does not.
+    #[error("{ours}")]
+    Mixed {
+        /// What we say of it.
+        ours: &'static str,
+        /// The stranger, if there are words that it would understand.
+        stranger: Option<TcpStream>,
+    },
+}
+
+impl ControlStream {
+    /// Takes a connection that was accepted.
+    pub async fn accept(
+        stream: TcpStream,
+        credentials: Option<&Credentials>,
+    ) -> Result<Self, HandshakeError> {
+        let mut first = [0];
+        let peeked = stream.peek(&mut first).await.map_err(HandshakeError::Io)?;
+        let is_tls = peeked == 1 && first[0] == TLS_HANDSHAKE;
+        match credentials {
+            None if is_tls => {
+                refuse_tls(stream).await;
+                Err(HandshakeError::Mixed {
+                    ours: "it speaks TLS, for which this agent has no credentials: \
+                           start this one with --ca, --cert and --key",
+                    stranger: None,
+                })
+            }
+            None => Ok(Self::Plain(stream)),
+            Some(_) if peeked == 1 && !is_tls => Err(HandshakeError::Mixed {
+                ours: "it does not speak TLS: start that agent with --ca, --cert and --key \
+                       ('genie ca issue' makes them)",
+                stranger: Some(stream),
+            }),
+            Some(credentials) => {
+                let accepted = credentials.acceptor().accept(stream).into_fallible().await;
+                match accepted {
+                    Ok(stream) => Ok(Self::Tls(Box::new(stream.into()))),
+                    Err((error, mut stream)) => {
+                        // The alert is written; it must also arrive.
+                        linger(&mut stream).await;
+                        Err(refused(error))
+                    }
+                }
+            }
+        }
+    }
+
+    /// Takes a connection that was dialled, to the peer of that name.
+    pub async fn dial(
+        stream: TcpStream,
+        credentials: Option<&Credentials>,
+        peer: &str,
+    ) -> Result<Self, HandshakeError> {
+        let Some(credentials) = credentials else {
+            return Ok(Self::Plain(stream));
+        };
+        let name = ServerName::try_from(peer.to_owned()).map_err(|_| {
+            HandshakeError::Untrusted(format!("'{peer}' cannot be the name in a certificate"))
+        })?;
+        let dialled = credentials.connector().connect(name, stream).await;
+        let stream = dialled.map_err(refused)?;
+        Ok(Self::Tls(Box::new(stream.into())))
+    }
+
+    /// Sends small messages at once.
+    pub fn set_nodelay(&self) -> io::Result<()> {
+        self.socket().set_nodelay(true)
+    }
+
+    /// The certificates that the peer has shown; none on a plain connection.
+    pub fn chain(&self) -> Option<Chain> {
+        match self {
+            Self::Plain(_) => None,
+            Self::Tls(stream) => {
+                let certificates = stream.get_ref().1.peer_certificates()?;
+                Some(certificates.to_vec())
+            }
+        }
+    }
+
+    /// The token of a path between these two sessions, which only the two ends
+    /// of this connection can know; none on a plain connection.
+    pub fn token(&self, dialler: SessionId, acceptor: SessionId) -> Option<Token> {
+        let Self::Tls(stream) = self else {
+            return None;
+        };
+        let mut context = [0; 8];
+        context[..4].copy_from_slice(&dialler.0.to_be_bytes());
+        context[4..].copy_from_slice(&acceptor.0.to_be_bytes());
+        let exported = match stream.as_ref() {
+            TlsStream::Client(stream) => {
+                let connection = stream.get_ref().1;
+                connection.export_keying_material([0; 16], TOKEN_LABEL, Some(&context))
+            }
+            TlsStream::Server(stream) => {
+                let connection = stream.get_ref().1;
+                connection.export_keying_material([0; 16], TOKEN_LABEL, Some(&context))
+            }
+        };
+        Some(Token(exported.expect(
+            "the handshake is done, and sixteen bytes can be exported",
+        )))
+    }
+
+    /// The two halves, for two tasks.
+    pub fn split(self) -> (Reader, Writer) {
+        match self {
+            Self::Plain(stream) => {
+                let (reader, writer) = stream.into_split();
+                (Box::new(reader), Box::new(writer))
+            }
+            Self::Tls(stream) => {
+                let (reader, writer) = tokio::io::split(stream);
+                (Box::new(reader), Box::new(writer))
+            }
+        }
+    }
+
+    fn socket(&self) -> &TcpStream {
+        match self {
+            Self::Plain(stream) => stream,
+            Self::Tls(stream) => stream.get_ref().0,
+        }
+    }
+
+    fn inner(self: Pin<&mut Self>) -> Pin<&mut (dyn Duplex + Unpin)> {
+        match self.get_mut() {
+            Self::Plain(stream) => Pin::new(stream),
+            Self::Tls(stream) => Pin::new(stream.as_mut()),
+        }
+    }
+}
+
+trait Duplex: AsyncRead + AsyncWrite {}
+impl<T: AsyncRead + AsyncWrite> Duplex for T {}
+
+impl AsyncRead for ControlStream {
+    fn poll_read(
+        self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        self.inner().poll_read(context, buffer)
+    }
+}
+
+impl AsyncWrite for ControlStream {
+    fn poll_write(
+        self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        self.inner().poll_write(context, bytes)
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.inner().poll_flush(context)
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.inner().poll_shutdown(context)
+    }
+}
+
+/// Lets what was written last arrive: closing a connection of which something
+/// is unread makes the kernel throw it away. The caller owns the deadline.
+pub async fn linger<S: AsyncRead + AsyncWrite + Unpin>(stream: &mut S) {
+    let _ = stream.shutdown().await;
+    let mut rest = tokio::io::sink();
+    let _ = tokio::io::copy(&mut stream.take(LINGER_BYTES), &mut rest).await;
+}
+
+/// A TLS client that reads this sees that nobody here speaks TLS.
+async fn refuse_tls(mut stream: TcpStream) {
+    if stream.write_all(&preamble()).await.is_ok() {
+        linger(&mut stream).await;
+    }
+}
+
+fn refused(error: io::Error) -> HandshakeError {
+    match explain_io(&error) {
+        Some(reason) => HandshakeError::Untrusted(reason),
+        None => HandshakeError::Io(error),
+    }
+}
+
+/// What broke a connection after its handshake, if it was the handshake: in
+/// TLS 1.3 the dialler hears only then that its certificate was refused.
+pub fn late_refusal(error: &FrameError) -> Option<String> {
+    let FrameError::Io(error) = error else {
+        return None;
+    };
+    match error.get_ref()?.downcast_ref::<rustls::Error>()? {
+        alert @ rustls::Error::AlertReceived(_) => Some(explain(alert)),
+        _ => None,
+    }
+}
