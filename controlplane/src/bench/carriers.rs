@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use super::BenchError;
 use super::channel::{Channel, wait_readable};
-use super::message::Usage;
+use super::message::{Setup, Usage};
 use crate::transport::Local;
 
 /// How long a path or a transfer may take to show a sign of life.
@@ -55,9 +55,9 @@ impl Node {
         device: Option<&str>,
         end: Option<PairDevice>,
         listen: std::net::IpAddr,
-        streams: u16,
-        mtu: u16,
+        setup: &Setup,
     ) -> Result<Self, BenchError> {
+        let (streams, mtu) = (setup.streams, setup.mtu);
         let config = udp::Config {
             liveness: LIVENESS,
             ..udp::Config::default()
@@ -69,6 +69,7 @@ impl Node {
                     listen: (listen, 0).into(),
                     streams,
                     liveness: LIVENESS,
+                    congestion: setup.congestion.clone(),
                     ..tcp::Config::default()
                 };
                 let (running, data) = tcp::spawn(config).map_err(|error| refused(&error))?;

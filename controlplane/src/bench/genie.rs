@@ -10,7 +10,7 @@ use super::BenchError;
 use super::carriers::{Kind, LIVENESS, Node, poll};
 use super::channel::Channel;
 use super::measure::{Carrier, Slot};
-use super::message::{Reply, Request, Usage};
+use super::message::{Reply, Request, Setup, Usage};
 use super::pool::{Layout, Memory, Pool};
 use super::window::Window;
 use crate::transport::Local;
@@ -48,15 +48,13 @@ impl Session {
         kind: Kind,
         start: impl FnOnce() -> Result<Node, BenchError>,
         device: Option<String>,
-        streams: u16,
-        mtu: u16,
+        setup: Setup,
     ) -> Result<Self, BenchError> {
         let mut node = start()?;
         let request = Request::Start {
             kind,
             device,
-            streams,
-            mtu,
+            setup,
         };
         let (local, session) = match ask(channel, &request)? {
             Reply::Started(local, session) => (local, session),

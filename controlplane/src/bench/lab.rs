@@ -37,12 +37,7 @@ pub fn run(profile: &str, args: &BenchArgs, json: bool) -> Result<(), BenchError
     report.wire = Some(wire?);
     report.command = std::env::args().collect::<Vec<_>>().join(" ");
     report.notes.push(format!(
-        "lab profile {profile}; Genie's TCP rows use {}, iperf3's what their names say",
-        report
-            .environment
-            .tcp_congestion
-            .as_deref()
-            .unwrap_or("an unknown congestion control")
+        "lab profile {profile}; kernel TCP's congestion control is in the rows' names"
     ));
     print(&report, json, args.csv.as_deref())?;
     match report.first_failure() {

@@ -27,10 +27,8 @@ pub enum Request {
         kind: Kind,
         /// The device, where the measuring process decides.
         device: Option<String>,
-        /// Connections.
-        streams: u16,
-        /// Largest IP packet on a DPDK device.
-        mtu: u16,
+        /// How.
+        setup: Setup,
     },
     /// Open a session with the measuring process's engine.
     Open {
@@ -72,6 +70,8 @@ pub enum Request {
         crc: bool,
         /// Whether to send each block back.
         echo: bool,
+        /// The kernel's congestion control, if one was asked for.
+        congestion: Option<String>,
     },
     /// Start `iperf3 --server --one-off`; [`Reply::Port`].
     Iperf3,
@@ -88,6 +88,17 @@ pub enum Request {
     },
     /// The end.
     Bye,
+}
+
+/// How an engine is set up at both ends.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Setup {
+    /// Connections of a TCP session.
+    pub streams: u16,
+    /// Largest IP packet on a DPDK device.
+    pub mtu: u16,
+    /// The kernel's congestion control of those connections, if one was asked for.
+    pub congestion: Option<String>,
 }
 
 /// What the other process answers.

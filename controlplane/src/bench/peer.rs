@@ -120,13 +120,12 @@ impl Peer {
             Request::Start {
                 kind,
                 device,
-                streams,
-                mtu,
+                setup,
             } => {
                 let device = device.or_else(|| self.device.clone());
                 let end = self.pairs.as_ref().and_then(|pairs| pairs.try_recv().ok());
                 let listen = self.channel.local().map_err(BenchError::Channel)?.ip();
-                let node = Node::start(kind, device.as_deref(), end, listen, streams, mtu)?;
+                let node = Node::start(kind, device.as_deref(), end, listen, &setup)?;
                 let reply = Reply::Started(node.local.clone(), node.session);
                 self.node = Some(node);
                 Ok(reply)
@@ -159,10 +158,20 @@ impl Peer {
                     ..Usage::default()
                 },
             })),
-            Request::BareTcp { layout, crc, echo } => {
+            Request::BareTcp {
+                layout,
+                crc,
+                echo,
+                congestion,
+            } => {
                 let ip = self.channel.local().map_err(BenchError::Channel)?.ip();
                 let pool = self.pool.clone().ok_or(BenchError::Garbage)?;
-                Ok(Reply::Port(tcp::serve_once(ip, pool, layout, crc, echo)?))
+                let how = tcp::How {
+                    crc,
+                    echo,
+                    congestion,
+                };
+                Ok(Reply::Port(tcp::serve_once(ip, pool, layout, how)?))
             }
             Request::Iperf3 => Ok(Reply::Port(iperf3::serve_once()?)),
             Request::RawDevice {

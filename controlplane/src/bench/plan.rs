@@ -94,7 +94,8 @@ pub struct BenchArgs {
     /// Largest IP packet on DPDK devices, in bytes
     #[arg(long, default_value_t = 9000, value_parser = clap::value_parser!(u16).range(576..))]
     pub mtu: u16,
-    /// Kernel TCP's congestion controls to run iperf3 with (default: the kernel's own)
+    /// Congestion controls to measure kernel TCP with, Genie's and the baselines'
+    /// (default: the kernel's own; over loopback Genie takes cubic)
     #[arg(long, value_delimiter = ',', value_name = "LIST")]
     pub congestion: Vec<String>,
     /// With --serve: end after one benchmark

@@ -117,7 +117,9 @@ impl<'a> Bench<'a> {
     fn measure(mut self) -> Report {
         let watch = Watch::start();
         for kind in self.plan.kinds.clone() {
-            self.measure_kind(kind);
+            for control in self.controls(kind) {
+                self.measure_kind(kind, control.as_deref());
+            }
         }
         for baseline in self.plan.baselines.clone() {
             self.progress
@@ -151,16 +153,25 @@ impl<'a> Bench<'a> {
         }
     }
 
-    fn measure_kind(&mut self, kind: Kind) {
+    /// The congestion controls to measure a carrier with; none for its own choice.
+    fn controls(&self, kind: Kind) -> Vec<Option<String>> {
+        let asked = self.args.congestion.iter().cloned().map(Some);
+        match kind {
+            Kind::Tcp if asked.len() > 0 => asked.collect(),
+            _ => vec![None],
+        }
+    }
+
+    fn measure_kind(&mut self, kind: Kind, control: Option<&str>) {
         let rows = self.plan.rows.clone();
         let mut open: Option<Workers> = None;
         let mut failures = 0;
         for (index, row) in rows.iter().enumerate() {
-            self.progress.set_message(name_of(kind, row));
+            self.progress.set_message(name_of(kind, control, row));
             self.progress.inc(1);
             let ready = match open.take() {
                 Some(ready) => Ok(ready),
-                None => self.open_workers(kind, &rows),
+                None => self.open_workers(kind, &rows, control),
             };
             let mut workers = match ready {
                 Ok(ready) => ready,
@@ -175,14 +186,14 @@ impl<'a> Bench<'a> {
                     return;
                 }
             };
-            match self.measure_row(&mut workers, kind, row) {
+            match self.measure_row(&mut workers, kind, control, row) {
                 Ok(measured) => {
                     self.report.rows.push(measured);
                     failures = 0;
                     open = Some(workers);
                 }
                 Err(error) => {
-                    let mut failed = self.describe(kind, row, &workers);
+                    let mut failed = self.describe(kind, control, row, &workers);
                     failed.error = Some(error.to_string());
                     self.report.rows.push(failed);
                     // The next row begins with engines of its own.
@@ -190,7 +201,7 @@ impl<'a> Bench<'a> {
                 }
             }
             if failures == 2 {
-                let name = format!("{kind}: the rows after {}", name_of(kind, row));
+                let name = format!("{kind}: the rows after {}", name_of(kind, control, row));
                 let reason = "two rows in a row failed".into();
                 self.report.not_measured.push(NotMeasured { name, reason });
                 return;
@@ -241,9 +252,15 @@ impl<'a> Bench<'a> {
         }
     }
 
-    fn describe(&self, kind: Kind, row: &PlannedRow, workers: &Workers) -> Row {
+    fn describe(
+        &self,
+        kind: Kind,
+        control: Option<&str>,
+        row: &PlannedRow,
+        workers: &Workers,
+    ) -> Row {
         Row {
-            name: name_of(kind, row),
+            name: name_of(kind, control, row),
             op: op_name(row.op).into(),
             transport: kind.to_string(),
             device: Some(workers.device()),
@@ -269,10 +286,11 @@ impl<'a> Bench<'a> {
         &mut self,
         workers: &mut Workers,
         kind: Kind,
+        control: Option<&str>,
         row: &PlannedRow,
     ) -> Result<Row, BenchError> {
         let layout = self.next_layout(row);
-        let described = self.describe(kind, row, workers);
+        let described = self.describe(kind, control, row, workers);
         let work = self.workload(row);
         let warmup = Workload {
             duration: self.plan.warmup,
@@ -357,9 +375,10 @@ impl<'a> Bench<'a> {
     }
 }
 
-fn name_of(kind: Kind, row: &PlannedRow) -> String {
+fn name_of(kind: Kind, control: Option<&str>, row: &PlannedRow) -> String {
+    let control = control.map_or(String::new(), |control| format!("({control})"));
     format!(
-        "{kind} {} {} {}",
+        "{kind}{control} {} {} {}",
         op_name(row.op),
         temperature(row.cold),
         row.block_size

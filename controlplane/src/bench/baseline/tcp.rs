@@ -23,14 +23,24 @@ const LIMIT: Duration = Duration::from_secs(30);
 const ARRIVED: u8 = 1;
 const DAMAGED: u8 = 2;
 
+/// What is done with the blocks of a row.
+#[derive(Clone, Debug)]
+pub struct How {
+    /// Whether each piece is followed by its CRC32C.
+    pub crc: bool,
+    /// Whether each block is sent back.
+    pub echo: bool,
+    /// The kernel's congestion control, if one was asked for.
+    pub congestion: Option<String>,
+}
+
 /// The sending end.
 #[derive(Debug)]
 pub struct BareTcp {
     stream: TcpStream,
     source: Source,
     layout: Layout,
-    crc: bool,
-    echo: bool,
+    how: How,
     begun: u64,
     waiting: std::collections::VecDeque<Slot>,
 }
@@ -61,13 +71,7 @@ impl Source {
 
 /// Accepts one connection in a thread of its own and receives what comes;
 /// returns the port.
-pub fn serve_once(
-    ip: IpAddr,
-    pool: Pool,
-    layout: Layout,
-    crc: bool,
-    echo: bool,
-) -> Result<u16, BenchError> {
+pub fn serve_once(ip: IpAddr, pool: Pool, layout: Layout, how: How) -> Result<u16, BenchError> {
     let listener = TcpListener::bind((ip, 0)).map_err(BenchError::Channel)?;
     let port = listener.local_addr().map_err(BenchError::Channel)?.port();
     let mut into = Source::new(&pool, &layout)?;
@@ -77,6 +81,10 @@ pub fn serve_once(
             return;
         };
         let _ = stream.set_nodelay(true);
+        let How { crc, echo, .. } = how;
+        if how.choose_congestion(&stream).is_err() {
+            return;
+        }
         let mut number = 0;
         while let Ok(intact) = read_block(&mut stream, into.block(&layout, number), crc) {
             let answer = if echo {
@@ -93,14 +101,29 @@ pub fn serve_once(
     Ok(port)
 }
 
+impl How {
+    /// What was asked for, or what Genie takes: over loopback cubic, where that is there.
+    fn choose_congestion(&self, stream: &TcpStream) -> std::io::Result<()> {
+        let choose = |name| rustix::net::sockopt::set_tcp_congestion(stream, name);
+        match &self.congestion {
+            Some(name) => choose(name)?,
+            None if stream.peer_addr()?.ip().is_loopback() => {
+                // Without it, Genie keeps the system's too.
+                let _ = choose("cubic");
+            }
+            None => {}
+        }
+        Ok(())
+    }
+}
+
 impl BareTcp {
     /// Connects to a peer that serves the same row.
     pub fn connect(
         to: (IpAddr, u16),
         pool: &Pool,
         layout: Layout,
-        crc: bool,
-        echo: bool,
+        how: How,
     ) -> Result<Self, BenchError> {
         let stream = TcpStream::connect_timeout(&to.into(), LIMIT).map_err(BenchError::Channel)?;
         stream.set_nodelay(true).map_err(BenchError::Channel)?;
@@ -110,13 +133,14 @@ impl BareTcp {
         stream
             .set_write_timeout(Some(LIMIT))
             .map_err(BenchError::Channel)?;
+        how.choose_congestion(&stream)
+            .map_err(BenchError::Channel)?;
         let source = Source::new(pool, &layout)?;
         Ok(Self {
             stream,
             source,
             layout,
-            crc,
-            echo,
+            how,
             begun: 0,
             waiting: Default::default(),
         })
@@ -126,7 +150,7 @@ impl BareTcp {
 impl Carrier for BareTcp {
     fn begin(&mut self, slot: Slot) -> Result<(), BenchError> {
         let block = self.source.block(&self.layout, self.begun);
-        write_block(&mut self.stream, block, self.crc).map_err(BenchError::Channel)?;
+        write_block(&mut self.stream, block, self.how.crc).map_err(BenchError::Channel)?;
         self.begun += 1;
         self.waiting.push_back(slot);
         Ok(())
@@ -141,7 +165,7 @@ impl Carrier for BareTcp {
                 return Ok(());
             }
         }
-        if self.echo {
+        if self.how.echo {
             let number = self.begun - self.waiting.len() as u64;
             let block = self.source.block(&self.layout, number);
             read_block(&mut self.stream, block, false).map_err(BenchError::Channel)?;

@@ -2,12 +2,15 @@
 
 use super::{Bench, FRAME_BYTES, op_name, temperature};
 use crate::bench::BenchError;
-use crate::bench::baseline::{Baseline, iperf3, memcpy::Memcpy, raw, tcp::BareTcp};
+use crate::bench::baseline::tcp::{BareTcp, How};
+use crate::bench::baseline::{Baseline, iperf3, memcpy::Memcpy, raw};
+use crate::bench::carriers::Kind;
 use crate::bench::environment::cpu_time;
 use crate::bench::figures::{account_cpu, figures};
 use crate::bench::genie::{ask, unexpected};
 use crate::bench::measure::{self, Carrier, Workload};
 use crate::bench::message::{Reply, Request};
+use crate::bench::other::Other;
 use crate::bench::plan::{Op, PlannedRow};
 use crate::bench::pool::{Layout, Pool};
 use crate::bench::report::Row;
@@ -65,62 +68,85 @@ impl Bench<'_> {
         let mut other = self.connect()?;
         let rows = self.plan.rows.clone();
         let pool = self.take_memory(&mut other, &rows)?;
-        let to = other.channel.peer().map_err(BenchError::Channel)?.ip();
-        for row in rows {
-            let echo = row.op == Op::Pingpong;
-            for crc in if echo { &[false][..] } else { &[false, true] } {
-                let layout = self.next_layout(&row);
-                pool.fill(&layout);
-                let request = Request::BareTcp {
-                    layout,
-                    crc: *crc,
-                    echo,
-                };
-                let port = match ask(&mut other.channel, &request)? {
-                    Reply::Port(port) => port,
-                    reply => return Err(unexpected(reply)),
-                };
-                let check = if *crc { " crc" } else { "" };
-                let described = Row {
-                    name: format!(
-                        "bare tcp {} {}{check} {}",
-                        op_name(row.op),
-                        temperature(row.cold),
-                        row.block_size
-                    ),
-                    op: op_name(row.op).into(),
-                    transport: "tcp".into(),
-                    memory: Some("pages".into()),
-                    cold: row.cold,
-                    block_size: row.block_size,
-                    batch_size: row.batch_size,
-                    streams: Some(1),
-                    verified: *crc,
-                    ..Row::default()
-                };
-                let mut bare = BareTcp::connect((to, port), &pool, layout, *crc, echo)?;
-                let work = self.workload(&row);
-                measure::run(
-                    &mut bare,
-                    &Workload {
-                        duration: self.plan.warmup,
-                        ..work.clone()
-                    },
-                )?;
-                let before = self.usage(&mut other)?;
-                let mut measured = self.measure_carrier(&mut bare, described, &work)?;
-                let after = self.usage(&mut other)?;
-                account_cpu(&mut measured, &before, &after);
-                self.report.baselines.push(measured);
+        for control in self.controls(Kind::Tcp) {
+            for row in &rows {
+                let echo = row.op == Op::Pingpong;
+                for crc in if echo { &[false][..] } else { &[false, true] } {
+                    let how = How {
+                        crc: *crc,
+                        echo,
+                        congestion: control.clone(),
+                    };
+                    let measured = self.measure_bare_tcp(&mut other, &pool, row, how)?;
+                    self.report.baselines.push(measured);
+                }
             }
         }
         Ok(())
     }
 
+    fn measure_bare_tcp(
+        &mut self,
+        other: &mut Other,
+        pool: &Pool,
+        row: &PlannedRow,
+        how: How,
+    ) -> Result<Row, BenchError> {
+        let to = other.channel.peer().map_err(BenchError::Channel)?.ip();
+        let layout = self.next_layout(row);
+        pool.fill(&layout);
+        let request = Request::BareTcp {
+            layout,
+            crc: how.crc,
+            echo: how.echo,
+            congestion: how.congestion.clone(),
+        };
+        let port = match ask(&mut other.channel, &request)? {
+            Reply::Port(port) => port,
+            reply => return Err(unexpected(reply)),
+        };
+        let control = how.congestion.as_deref();
+        let described = Row {
+            name: format!(
+                "bare tcp{} {} {}{} {}",
+                control.map_or(String::new(), |control| format!("({control})")),
+                op_name(row.op),
+                temperature(row.cold),
+                if how.crc { " crc" } else { "" },
+                row.block_size
+            ),
+            op: op_name(row.op).into(),
+            transport: "tcp".into(),
+            memory: Some("pages".into()),
+            cold: row.cold,
+            block_size: row.block_size,
+            batch_size: row.batch_size,
+            streams: Some(1),
+            verified: how.crc,
+            ..Row::default()
+        };
+        let mut bare = BareTcp::connect((to, port), pool, layout, how)?;
+        let work = self.workload(row);
+        let warmup = Workload {
+            duration: self.plan.warmup,
+            ..work.clone()
+        };
+        measure::run(&mut bare, &warmup)?;
+        let before = self.usage(other)?;
+        let mut measured = self.measure_carrier(&mut bare, described, &work)?;
+        let after = self.usage(other)?;
+        account_cpu(&mut measured, &before, &after);
+        Ok(measured)
+    }
+
     fn measure_iperf3(&mut self) -> Result<(), BenchError> {
         let mut other = self.connect()?;
         let to = other.channel.peer().map_err(BenchError::Channel)?.ip();
-        let controls = &self.args.congestion;
+        let mut controls = self.controls(Kind::Tcp);
+        // What Genie takes over loopback must not look better for it.
+        if controls == [None] && to.is_loopback() {
+            controls.push(Some("cubic".into()));
+        }
         let mut runs: Vec<(String, Vec<String>)> = Vec::new();
         for (streams, zero) in [(1, false), (2, false), (4, false), (1, true)] {
             let mut more = vec!["--parallel".to_owned(), streams.to_string()];
@@ -129,12 +155,14 @@ impl Bench<'_> {
                 more.push("--zerocopy".into());
                 name += " sendfile";
             }
-            if controls.is_empty() {
-                runs.push((name.clone(), more.clone()));
-            }
-            for control in controls.iter().filter(|_| !zero) {
-                let chosen = ["--congestion".to_owned(), control.clone()];
-                runs.push((format!("{name} {control}"), [&more[..], &chosen].concat()));
+            for control in &controls {
+                let mut more = more.clone();
+                let mut name = name.clone();
+                if let Some(control) = control {
+                    more.extend(["--congestion".to_owned(), control.clone()]);
+                    name += &format!(" {control}");
+                }
+                runs.push((name, more));
             }
         }
         let seconds = self.plan.duration.as_secs_f64().max(1.0);

@@ -11,7 +11,7 @@ use crate::bench::BenchError;
 use crate::bench::carriers::{Kind, Node};
 use crate::bench::genie::{Blocks, Session};
 use crate::bench::measure::{self, Sample, Workload};
-use crate::bench::message::Usage;
+use crate::bench::message::{Setup, Usage};
 use crate::bench::other::Other;
 use crate::bench::plan::{Op, PlannedRow};
 use crate::bench::pool::{Layout, Pool};
@@ -36,6 +36,7 @@ impl Bench<'_> {
         &mut self,
         kind: Kind,
         rows: &[PlannedRow],
+        congestion: Option<&str>,
     ) -> Result<Workers, BenchError> {
         let count = self.plan.threads;
         if kind == Kind::Dpdk && count > 1 {
@@ -43,14 +44,23 @@ impl Bench<'_> {
                 "one process drives one device with one queue: --threads 1, or --transport tcp",
             ));
         }
-        let workers = (0..count).map(|_| self.open_worker(kind, rows));
+        let workers = (0..count).map(|_| self.open_worker(kind, rows, congestion));
         workers.collect::<Result<_, _>>().map(Workers)
     }
 
-    fn open_worker(&self, kind: Kind, rows: &[PlannedRow]) -> Result<Worker, BenchError> {
+    fn open_worker(
+        &self,
+        kind: Kind,
+        rows: &[PlannedRow],
+        congestion: Option<&str>,
+    ) -> Result<Worker, BenchError> {
         let mut other = self.connect()?;
         let pool = self.take_memory(&mut other, rows)?;
-        let (streams, mtu) = (self.plan.streams, self.args.mtu);
+        let setup = Setup {
+            streams: self.plan.streams,
+            mtu: self.args.mtu,
+            congestion: congestion.map(str::to_owned),
+        };
         let folder = other
             .folder
             .as_ref()
@@ -71,8 +81,8 @@ impl Bench<'_> {
             _ => None,
         };
         let listen = other.channel.local().map_err(BenchError::Channel)?.ip();
-        let start = || Node::start(kind, ours.as_deref(), end, listen, streams, mtu);
-        let session = Session::open(&mut other.channel, kind, start, theirs, streams, mtu)?;
+        let start = || Node::start(kind, ours.as_deref(), end, listen, &setup);
+        let session = Session::open(&mut other.channel, kind, start, theirs, setup.clone())?;
         Ok(Worker {
             session,
             other,
