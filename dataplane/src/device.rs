@@ -104,6 +104,10 @@ pub struct Counters {
     pub tx_bytes: u64,
     /// Frames the port refused or failed to send.
     pub tx_errors: u64,
+    /// Regions registered with the device since it was opened: arenas, not tensors.
+    pub registrations: u64,
+    /// Regions that are registered now.
+    pub registered: u64,
 }
 
 /// Why memory could not be attached.
@@ -145,6 +149,10 @@ pub trait Device {
 
     /// Collects frames that were sent, also on a queue that is otherwise idle.
     fn reap(&mut self);
+
+    /// Gives back memory that is registered with the device and that nobody else
+    /// holds any more. Called some times a second, busy or idle.
+    fn sweep(&mut self) {}
 
     /// Stops the queue for good and gives up the frames in it, so that memory
     /// can be detached though the device never finished with it. Nothing is

@@ -219,13 +219,16 @@ fn transport(text: &mut String, transport: &TransportStatus) {
         line(
             text,
             &format!(
-                "    port: rx {} frames {}, missed {}; tx {} frames {}, errors {}",
+                "    port: rx {} frames {}, missed {}; tx {} frames {}, errors {}; \
+                 {} regions registered, {} so far",
                 port.rx_frames,
                 show_bytes(port.rx_bytes),
                 port.rx_missed,
                 port.tx_frames,
                 show_bytes(port.tx_bytes),
-                port.tx_errors
+                port.tx_errors,
+                port.registered,
+                port.registrations
             ),
         );
     }

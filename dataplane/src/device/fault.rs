@@ -141,6 +141,10 @@ impl<D: Device> Device for FaultyDevice<D> {
         self.inner.reap();
     }
 
+    fn sweep(&mut self) {
+        self.inner.sweep();
+    }
+
     fn stop(&mut self) {
         self.held.clear();
         self.inner.stop();

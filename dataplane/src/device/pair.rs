@@ -8,6 +8,7 @@
 #![forbid(unsafe_code)]
 
 use super::attachments::Attachments;
+use super::registrations::Registrations;
 use super::{AttachError, Attachment, BURST_MAX, Capabilities, Counters, Device, TxFrame};
 use crate::ledger::Copies;
 use crate::memory::{Lease, View};
@@ -25,6 +26,9 @@ pub struct Options {
     /// Whether sent frames refer to their memory until [`Device::reap`] is
     /// called, as with drivers that collect only on the next burst.
     pub completes_on_reap: bool,
+    /// Whether memory must be registered before frames refer to it, as with
+    /// NICs behind an IOMMU.
+    pub needs_registration: bool,
 }
 
 impl Default for Options {
@@ -34,6 +38,7 @@ impl Default for Options {
             descriptors: 1024,
             tx_external: true,
             completes_on_reap: false,
+            needs_registration: false,
         }
     }
 }
@@ -48,6 +53,8 @@ pub struct PairDevice {
     /// Beside each lease: frames that refer to it and were not reaped.
     attachments: Attachments<u32>,
     unreaped: Vec<Attachment>,
+    /// After the attachments: those end before it does.
+    registrations: Option<Registrations>,
     counters: Counters,
     copies: Copies,
     stopped: bool,
@@ -119,6 +126,7 @@ impl PairDevice {
             incoming,
             attachments: Attachments::new(),
             unreaped: Vec::new(),
+            registrations: options.needs_registration.then(Registrations::default),
             counters: Counters::default(),
             copies: Copies::default(),
             stopped: false,
@@ -208,6 +216,10 @@ impl Device for PairDevice {
     }
 
     fn attach(&mut self, lease: Lease) -> Result<Attachment, AttachError> {
+        if let Some(registrations) = &mut self.registrations {
+            // Nothing but the pin: both ends reach all memory there is.
+            registrations.register(lease.region(), |_| Ok(()))?;
+        }
         self.attachments.insert(lease, 0)
     }
 
@@ -231,6 +243,12 @@ impl Device for PairDevice {
         }
     }
 
+    fn sweep(&mut self) {
+        if let Some(registrations) = &mut self.registrations {
+            registrations.sweep(drop);
+        }
+    }
+
     fn stop(&mut self) {
         self.stopped = true;
         self.unreaped.clear();
@@ -238,7 +256,14 @@ impl Device for PairDevice {
     }
 
     fn counters(&self) -> Counters {
-        self.counters
+        let made =
+            |registrations: &Registrations| (registrations.made(), registrations.len() as u64);
+        let (registrations, registered) = self.registrations.as_ref().map_or((0, 0), made);
+        Counters {
+            registrations,
+            registered,
+            ..self.counters
+        }
     }
 
     fn copies(&self) -> Copies {

@@ -17,6 +17,7 @@ use crate::memory::Region;
 #[derive(Debug, Default)]
 pub struct Registrations {
     regions: Vec<Arc<Region>>,
+    made: u64,
 }
 
 impl Registrations {
@@ -34,7 +35,23 @@ impl Registrations {
             .map_err(|error| AttachError::Unreachable(error.to_string()))?;
         map(region)?;
         self.regions.push(Arc::clone(region));
+        self.made += 1;
         Ok(())
+    }
+
+    /// How many regions were ever registered.
+    pub fn made(&self) -> u64 {
+        self.made
+    }
+
+    /// How many regions are registered.
+    pub fn len(&self) -> usize {
+        self.regions.len()
+    }
+
+    /// Whether no region is registered.
+    pub fn is_empty(&self) -> bool {
+        self.regions.is_empty()
     }
 
     /// Gives `unmap` the regions that nobody else holds any more.
@@ -77,12 +94,14 @@ mod tests {
             }
         }
         assert_eq!((mapped, unmapped), (1, 0));
+        assert_eq!((registrations.made(), registrations.len()), (1, 1));
         drop(arena);
         registrations.sweep(|_| unmapped += 1);
         assert_eq!(unmapped, 0, "leases are left");
         drop(held);
         registrations.sweep(|_| unmapped += 1);
         assert_eq!(unmapped, 1);
+        assert_eq!((registrations.made(), registrations.len()), (1, 0));
     }
 
     #[test]
@@ -91,6 +110,7 @@ mod tests {
         let mut registrations = Registrations::default();
         let refused = registrations.register(&region, |_| Err(AttachError::Full));
         assert!(refused.is_err());
+        assert_eq!((registrations.made(), registrations.len()), (0, 0));
         let mut asked = false;
         registrations
             .register(&region, |_| {

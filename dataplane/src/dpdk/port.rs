@@ -35,17 +35,11 @@ pub struct Port {
     attachments: Attachments<u32>,
     /// Regions mapped for the device's DMA.
     registrations: Registrations,
-    /// Polls since regions that nobody holds were last looked for.
-    polls: u32,
     /// Room for a burst, so that an idle poll need not clear any.
     received: Box<[MaybeUninit<abi::RxFrame>; BURST_MAX]>,
     unusable_frames: u64,
     _claim: Option<Claim>,
 }
-
-/// Empty polls between two looks for regions that nobody holds: a look is a
-/// load or two a region, and an idle engine polls once a millisecond.
-const SWEEP_EVERY: u32 = 256;
 
 impl Port {
     /// Loads the library, brings DPDK up if this is the first port, and opens
@@ -82,7 +76,6 @@ impl Port {
             capabilities,
             attachments: Attachments::new(),
             registrations: Registrations::default(),
-            polls: 0,
             received: Box::new([const { MaybeUninit::uninit() }; BURST_MAX]),
             unusable_frames: 0,
             _claim: claim,
@@ -156,13 +149,6 @@ impl Port {
         })
     }
 
-    /// Gives back regions that nobody holds any more.
-    fn sweep(&mut self) {
-        let mut registrations = std::mem::take(&mut self.registrations);
-        registrations.sweep(|region| self.unmap(region));
-        self.registrations = registrations;
-    }
-
     fn unmap(&self, region: Arc<Region>) {
         let mut text = abi::Text::EMPTY;
         let (base, len) = (region.as_ptr(), region.len() as u64);
@@ -191,11 +177,6 @@ impl Device for Port {
         let count =
             unsafe { (self.library.api().rx_burst)(self.raw.as_ptr(), first, BURST_MAX as u32) };
         if count == 0 {
-            self.polls += 1;
-            if self.polls >= SWEEP_EVERY {
-                self.polls = 0;
-                self.sweep();
-            }
             return 0;
         }
         let burst = Burst {
@@ -274,6 +255,12 @@ impl Device for Port {
         unsafe { (self.library.api().tx_reap)(self.raw.as_ptr()) };
     }
 
+    fn sweep(&mut self) {
+        let mut registrations = std::mem::take(&mut self.registrations);
+        registrations.sweep(|region| self.unmap(region));
+        self.registrations = registrations;
+    }
+
     fn stop(&mut self) {
         // SAFETY: an open port, not in a burst function.
         unsafe { (self.library.api().port_stop)(self.raw.as_ptr()) };
@@ -288,6 +275,8 @@ impl Device for Port {
             tx_frames: stats.tx_frames,
             tx_bytes: stats.tx_bytes,
             tx_errors: stats.tx_errors,
+            registrations: self.registrations.made(),
+            registered: self.registrations.len() as u64,
         }
     }
 

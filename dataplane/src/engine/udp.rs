@@ -461,6 +461,7 @@ impl<D: Device> Engine<D> {
             return;
         }
         core.published = now;
+        device.sweep();
         core.status.publish(|snapshot| {
             snapshot.driver.clone_from(&device.capabilities().driver);
             snapshot.port = Some(device.counters());

@@ -234,6 +234,9 @@ impl Device for Rig {
             self.inner.reap();
         }
     }
+    fn sweep(&mut self) {
+        self.inner.sweep();
+    }
     fn stop(&mut self) {
         self.inner.stop();
     }

@@ -8,7 +8,7 @@ use genie_dataplane::device::pair::{Options, pair};
 use genie_dataplane::engine::FailReason;
 use genie_dataplane::engine::udp::Config;
 use genie_dataplane::ledger::Copies;
-use genie_dataplane::memory::View;
+use genie_dataplane::memory::{Arena, Backing, Region, View};
 
 use crate::harness::{
     Node, block_on, config, connect, contents, random_bytes, region, rigs, transfer,
@@ -45,6 +45,45 @@ fn ipv4_and_arp_work_as_ipv6_does() {
         &b,
         &random_bytes(&mut fastrand::Rng::with_seed(2), 300_000),
     );
+}
+
+#[test]
+fn ten_thousand_tensors_of_an_arena_cost_one_registration() {
+    const COUNT: u64 = 10_000;
+    const LEN: u64 = 3000;
+    let options = Options {
+        needs_registration: true,
+        completes_on_reap: true,
+        ..Options::default()
+    };
+    let (a, b) = pair(&options);
+    let (a, b) = connect(a, b, config());
+    let arena = Arena::new(Region::with_backing(4 << 20, Backing::Shmem).unwrap());
+    let port = || a.status.snapshot().port.expect("a device has a port");
+    for index in 0..COUNT {
+        let block = arena.allocate(LEN as usize).unwrap();
+        let bytes = [index as u8; LEN as usize];
+        block.lease().write_at(0, View::from(&bytes[..]));
+        let into = region(&[0; LEN as usize]);
+        let (id, incoming) = block_on(b.endpoint.receive(b.session, into.clone())).unwrap();
+        let outgoing = block_on(a.endpoint.send(a.session, id, block.lease())).unwrap();
+        outgoing.wait().unwrap();
+        incoming.wait().unwrap();
+        assert_eq!(contents(&into), bytes, "tensor {index}");
+    }
+    let until = Instant::now() + crate::harness::PATIENCE;
+    while port().tx_bytes < COUNT * LEN {
+        assert!(Instant::now() < until, "not counted: {:?}", port());
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    assert_eq!((port().registrations, port().registered), (1, 1));
+    // The arena's end is the registration's.
+    drop(arena);
+    while port().registered > 0 {
+        assert!(Instant::now() < until, "still registered: {:?}", port());
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    assert_eq!(port().registrations, 1);
 }
 
 #[test]
