@@ -72,6 +72,20 @@ pub enum AgentError {
          or choose another socket with --socket", .0.display()
     )]
     SocketInUse(PathBuf),
+    /// The application socket cannot be given to its group.
+    #[error(
+        "cannot give {} to group {group}: {source}; run the agent in that group \
+         (SupplementaryGroups= in its unit), or name one that it is in with --socket-group",
+        path.display()
+    )]
+    SocketGroup {
+        /// The socket.
+        path: PathBuf,
+        /// The group's number.
+        group: u32,
+        /// The system's answer.
+        source: io::Error,
+    },
     /// The application socket cannot be made.
     #[error("cannot make the application socket {}: {source}; choose another with --socket", path.display())]
     Socket {
@@ -507,7 +521,13 @@ async fn bind_socket(config: &Config) -> Result<(UnixListener, SocketFile), Agen
     let listener = UnixListener::bind(path).map_err(failed)?;
     let socket = SocketFile(path.to_owned());
     if let Some(group) = config.socket_group {
-        std::os::unix::fs::chown(path, None, Some(group)).map_err(failed)?;
+        std::os::unix::fs::chown(path, None, Some(group)).map_err(|source| {
+            AgentError::SocketGroup {
+                path: path.to_owned(),
+                group,
+                source,
+            }
+        })?;
     }
     std::fs::set_permissions(path, Permissions::from_mode(config.socket_mode)).map_err(failed)?;
     Ok((listener, socket))
