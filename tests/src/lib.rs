@@ -287,6 +287,11 @@ impl Running {
         self.child.try_wait().expect("it is our child").is_none()
     }
 
+    /// Its process.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
     /// Sends the process a signal.
     pub fn signal(&self, signal: Signal) {
         rustix::process::kill_process(pid(&self.child), signal).expect("it is our child");

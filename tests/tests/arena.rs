@@ -46,8 +46,9 @@ fn kind<T>(result: Result<T, ClientError>) -> FailureKind {
     }
 }
 
-/// What an agent holds: descriptors, arenas, their bytes, bytes of the store.
-type Held = [u64; 4];
+/// What an agent holds: descriptors, arenas, their bytes, bytes of the store,
+/// and KiB of shared and of huge pages that it has mapped.
+type Held = [u64; 6];
 
 fn held(agent: &Agent) -> Held {
     let status = agent.status();
@@ -59,7 +60,17 @@ fn held(agent: &Agent) -> Held {
         count("arenas", "regions"),
         count("arenas", "used_bytes"),
         count("store", "used_bytes"),
+        mapped_kib(agent, "RssShmem:"),
+        mapped_kib(agent, "HugetlbPages:"),
     ]
+}
+
+/// What the kernel says that an agent has mapped.
+fn mapped_kib(agent: &Agent, field: &str) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{}/status", agent.pid())).unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix(field));
+    let value = line.expect("the kernel counts them").split_whitespace();
+    value.map(str::parse).next().unwrap().expect("a number")
 }
 
 /// What agents hold when nothing is under way.
@@ -543,13 +554,19 @@ fn holes_and_truncation_cost_the_agent_nothing() {
     assert_works(&a);
 }
 
+/// Bytes of a tensor that is written to while it moves: some milliseconds' worth.
+const SCRIBBLED: usize = 8 << 20;
+
 #[test]
 fn scribbling_over_a_tensor_in_flight_is_a_mismatch_or_nothing() {
     let folder = tempfile::tempdir().unwrap();
     let (a, b) = pair(folder.path());
     let mut client = connect(&a);
-    let arena = client.arena(64 << 20, Memory::Auto).unwrap();
-    let tensor = arena.tensor("t", Dtype::U8, &[32 << 20]).unwrap();
+    let arena = client.arena(SCRIBBLED as u64, Memory::Auto).unwrap();
+    let tensor = arena.tensor("t", Dtype::U8, &[SCRIBBLED as u64]).unwrap();
+    let tensors = std::slice::from_ref(&tensor);
+    client.put(Some("b"), "m", tensors, None).unwrap();
+    let before = settled(&[&a, &b]);
     let stop = Arc::new(AtomicBool::new(false));
     let scribbler = std::thread::spawn({
         let (tensor, stop) = (tensor.clone(), Arc::clone(&stop));
@@ -557,13 +574,13 @@ fn scribbling_over_a_tensor_in_flight_is_a_mismatch_or_nothing() {
             let mut seed = 0u32;
             while !stop.load(Ordering::Relaxed) {
                 seed += 1;
-                let at = (seed as usize).wrapping_mul(0x9e37_79b9) % (32 << 20);
+                let at = (seed as usize).wrapping_mul(0x9e37_79b9) % SCRIBBLED;
                 tensor.write(at & !4095, &[seed as u8; 4096]);
             }
         }
     });
     let (mut good, mut bad) = (0, 0);
-    for _ in 0..8 {
+    for _ in 0..ROUNDS {
         match client.put(Some("b"), "m", std::slice::from_ref(&tensor), None) {
             Ok(put) => {
                 // Whatever it is now: both ends say that it is the same.
@@ -586,6 +603,75 @@ fn scribbling_over_a_tensor_in_flight_is_a_mismatch_or_nothing() {
         .put(Some("b"), "m", &[tensor], None)
         .expect("both agents go on");
     assert_eq!(b.status()["store"]["tensors"], 1);
+    assert_back(&[&a, &b], &before);
+}
+
+/// How a program leaves its put.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Leaves {
+    /// Before the agent sealed its arena.
+    BeforeSealing,
+    /// Before the list of its tensors.
+    BeforeTheList,
+    /// With half of the list sent.
+    WithinTheList,
+    /// Within a message.
+    WithinAMessage,
+    /// While its tensors move.
+    AfterTheList,
+    /// The same, its own mapping gone: the agent has one of its own.
+    Unmapped,
+    /// By speaking while its tensors move.
+    BySpeaking,
+}
+
+impl Leaves {
+    const ALL: [Self; 7] = [
+        Self::BeforeSealing,
+        Self::BeforeTheList,
+        Self::WithinTheList,
+        Self::WithinAMessage,
+        Self::AfterTheList,
+        Self::Unmapped,
+        Self::BySpeaking,
+    ];
+
+    /// Whether its put may have been done before it was missed.
+    fn may_be_done(name: &str) -> bool {
+        [Self::AfterTheList, Self::Unmapped, Self::BySpeaking]
+            .iter()
+            .any(|how| name == format!("{how:?}/t"))
+    }
+
+    fn leave(self, agent: &Agent, bytes: &[u8]) {
+        let len = bytes.len() as u64;
+        let mut raw = Raw::connect(agent);
+        let (arena, fd) = raw.arena(len, Memory::Host);
+        let region = Region::from_memfd(fd).unwrap();
+        Lease::whole(Arc::clone(&region)).write_at(0, bytes.into());
+        if self == Self::BeforeSealing {
+            return;
+        }
+        assert!(matches!(raw.ask(&Ask::Mapped { arena }), Answer::Sealed));
+        if self == Self::Unmapped {
+            drop(region);
+        }
+        raw.say(&Ask::Put {
+            node: Some("b".into()),
+            prefix: format!("{self:?}"),
+            count: if self == Self::WithinTheList { 2 } else { 1 },
+            metadata: None,
+            memory: Memory::Auto,
+        });
+        match self {
+            Self::BeforeSealing | Self::BeforeTheList => {}
+            Self::WithinAMessage => raw.stream.write_all(&[0, 0, 1, 0, 1, 2, 3]).unwrap(),
+            _ => raw.say(&Ask::Tensors(vec![placed(arena, 0, len)])),
+        }
+        if self == Self::BySpeaking {
+            let _ = frame::write_blocking(&mut raw.stream, &Ask::Status);
+        }
+    }
 }
 
 #[test]
@@ -593,80 +679,117 @@ fn programs_that_leave_in_the_middle_leave_nothing() {
     let folder = tempfile::tempdir().unwrap();
     let (a, b) = pair(folder.path());
     assert_works(&a);
-    connect(&a).list(Some("b")).unwrap();
+    let mut at_b = connect(&b);
     let before = settled(&[&a, &b]);
-    for round in 0..ROUNDS {
-        let mut raw = Raw::connect(&a);
-        let (arena, fd) = raw.arena(4 << 20, Memory::Host);
-        let region = Region::from_memfd(fd).unwrap();
-        if round % 5 == 0 {
-            continue;
-        }
-        assert!(matches!(raw.ask(&Ask::Mapped { arena }), Answer::Sealed));
-        if round % 5 == 1 {
-            // The agent has a mapping of its own.
-            drop(region);
-        }
-        raw.say(&Ask::Put {
-            node: Some("b".into()),
-            prefix: format!("m{round}"),
-            count: 1,
-            metadata: None,
-            memory: Memory::Auto,
-        });
-        match round % 5 {
-            // Before the list, within it, while it moves, and by breaking the rules.
-            2 => {}
-            3 => raw.stream.write_all(&[0, 0, 1, 0, 1, 2, 3]).unwrap(),
-            4 => {
-                raw.say(&Ask::Tensors(vec![placed(arena, 0, 4 << 20)]));
-                let _ = frame::write_blocking(&mut raw.stream, &Ask::Status);
-            }
-            _ => raw.say(&Ask::Tensors(vec![placed(arena, 0, 4 << 20)])),
+    let bytes = model::noise(9, 1 << 20);
+    for _ in 0..ROUNDS {
+        for how in Leaves::ALL {
+            how.leave(&a, &bytes);
         }
     }
-    // One may have been done before its program was missed: that is a put like
-    // any other, and nothing else is left.
+    // What was not told whole is never there; what was may have been done
+    // before its program was missed, is then whole, and nothing else is left.
+    let mut done = 0;
     eventually("what was done is all that is there", || {
-        for done in connect(&b).list(None).unwrap() {
-            connect(&b).remove(None, &done.name).unwrap();
+        for listed in at_b.list(None).unwrap() {
+            assert!(Leaves::may_be_done(&listed.name), "{} is kept", listed.name);
+            let prefix = listed.name.trim_end_matches("/t");
+            let got = at_b.get(None, prefix, Memory::Auto).unwrap();
+            assert!(got.to_vec("t").unwrap() == bytes, "{} is torn", listed.name);
+            at_b.remove(None, &listed.name).unwrap();
+            done += 1;
         }
+        at_b.list(None).unwrap();
         (held(&a) == before[0] && held(&b) == before[1]).then_some(())
     });
+    println!("{done} puts were done all the same");
+    assert_eq!(at_b.list(None).unwrap().len(), 0);
     assert_works(&a);
+}
+
+#[test]
+fn a_program_that_unmaps_its_tensors_harms_nobody() {
+    let folder = tempfile::tempdir().unwrap();
+    let a = Agent::start(folder.path(), "a", &[]);
+    let bytes = model::noise(10, 100_000);
+    let mut raw = Raw::connect(&a);
+    let before = settled(&[&a]);
+    for _ in 0..ROUNDS {
+        let (arena, fd) = raw.arena(100_000, Memory::Auto);
+        let region = Region::from_memfd(fd).unwrap();
+        Lease::whole(Arc::clone(&region)).write_at(0, bytes[..].into());
+        assert!(matches!(raw.ask(&Ask::Mapped { arena }), Answer::Sealed));
+        drop(region);
+        // The agent has a mapping of its own.
+        let answer = raw.put(None, placed(arena, 0, 100_000));
+        assert!(matches!(answer, Answer::Moved(_)), "{answer:?}");
+        assert!(matches!(raw.ask(&Ask::Free { arena }), Answer::Freed));
+    }
+    let mut client = connect(&a);
+    let got = client.get(None, "m", Memory::Auto).unwrap();
+    assert!(got.to_vec("t").unwrap() == bytes);
+    drop(got);
+    client.remove(None, "m").unwrap();
+    drop(client);
+    assert_back(&[&a], &before);
 }
 
 #[test]
 fn a_flood_of_requests_is_answered_or_ends_its_connection_alone() {
     let folder = tempfile::tempdir().unwrap();
-    let a = Agent::start(folder.path(), "a", &["--user-arena-bytes=64MiB"]);
+    let a = Agent::start(folder.path(), "a", &["--user-arena-bytes=4MiB"]);
     let before = settled(&[&a]);
-    let mut raw = Raw::connect(&a);
-    for _ in 0..2000 {
-        raw.say(&Ask::Free { arena: ArenaId(7) });
-        raw.say(&Ask::List {
-            node: None,
-            under: None,
-        });
-        assert!(matches!(raw.answer(), Answer::Failed { .. }));
-        assert!(matches!(raw.answer(), Answer::Listed { .. }));
-    }
-    // A list that never ends is the user's own memory, not the agent's.
-    let mut flood = Raw::connect(&a);
-    flood.say(&Ask::Put {
-        node: None,
-        prefix: "m".into(),
-        count: 4 << 20,
-        metadata: None,
-        memory: Memory::Auto,
-    });
     let long = vec![placed(ArenaId(0), 0, 0); 4000];
-    let refused = (0..1000).find_map(|_| {
-        let failed = frame::write_blocking(&mut flood.stream, &Ask::Tensors(long.clone())).is_err();
-        failed.then_some(())
-    });
-    assert!(refused.is_some(), "4 million tensors were taken");
-    drop((raw, flood));
+    for round in 0..ROUNDS {
+        let mut raw = Raw::connect(&a);
+        for _ in 0..100 {
+            raw.say(&Ask::Free { arena: ArenaId(7) });
+            raw.say(&Ask::List {
+                node: None,
+                under: None,
+            });
+        }
+        for _ in 0..100 {
+            assert!(matches!(raw.answer(), Answer::Failed { .. }));
+            assert!(matches!(raw.answer(), Answer::Listed { .. }));
+        }
+        // A list that never ends is the user's own memory, not the agent's.
+        let mut flood = Raw::connect(&a);
+        flood.say(&Ask::Put {
+            node: None,
+            prefix: "m".into(),
+            count: 4 << 20,
+            metadata: None,
+            memory: Memory::Auto,
+        });
+        let refused = (0..1000).any(|_| {
+            let list = Ask::Tensors(long.clone());
+            frame::write_blocking(&mut flood.stream, &list).is_err()
+        });
+        assert!(refused, "round {round}: 4 million tensors were taken");
+    }
+    assert_back(&[&a], &before);
+    assert_works(&a);
+}
+
+#[test]
+fn a_tebibyte_is_refused_a_hundred_times() {
+    let folder = tempfile::tempdir().unwrap();
+    let a = Agent::start(folder.path(), "a", &[]);
+    let sparse = File::create_new(folder.path().join("sparse")).unwrap();
+    sparse.set_len(1 << 40).unwrap();
+    let sparse = File::open(folder.path().join("sparse")).unwrap();
+    let before = settled(&[&a]);
+    let mut client = connect(&a);
+    for _ in 0..ROUNDS {
+        let arena = client.arena(1 << 40, Memory::Auto);
+        assert_eq!(kind(arena), FailureKind::Quota);
+        let read = client.read_file(&sparse, 0, 1 << 40, Memory::Auto);
+        assert_eq!(kind(read), FailureKind::Quota);
+        let import = client.import(memfd(1 << 40, ALL));
+        assert_eq!(kind(import), FailureKind::Quota);
+    }
+    drop(client);
     assert_back(&[&a], &before);
     assert_works(&a);
 }

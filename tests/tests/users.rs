@@ -8,7 +8,8 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use genie_tests::model::{self, Tensor};
-use genie_tests::{Agent, GENEROUS, Output, genie_path};
+use genie_tests::{Agent, GENEROUS, Output, eventually, genie_path};
+use rustix::process::Signal;
 use serde_json::{Value, json};
 
 const ONE: u32 = 65534;
@@ -35,6 +36,18 @@ fn json_as(agent: &Agent, uid: u32, genie: &Path, args: &[&str]) -> Value {
     let output = output.wait(Duration::from_secs(120));
     assert!(output.status.success(), "{output:?}\n{}", agent.log());
     serde_json::from_str(&output.stdout).expect("--json prints JSON")
+}
+
+/// What a process has of memory files, among its descriptors or its mappings.
+fn memory_files(pid: u32, kind: &str) -> Vec<PathBuf> {
+    let Ok(entries) = fs::read_dir(format!("/proc/{pid}/{kind}")) else {
+        return Vec::new();
+    };
+    let is_memory = |path: &PathBuf| {
+        fs::read_link(path).is_ok_and(|target| text(&target).starts_with("/memfd:"))
+    };
+    let paths = entries.filter_map(|entry| Some(entry.ok()?.path()));
+    paths.filter(is_memory).collect()
 }
 
 #[test]
@@ -110,12 +123,30 @@ fn a_second_user_is_refused_whatever_it_tries() {
         .collect();
     assert_eq!(uids, [OTHER], "of others nothing is told");
 
-    // Nor by way of the kernel, which has the memory files under /proc.
-    let fds = format!("/proc/{}/fd", agent.pid());
-    let mut look = std::process::Command::new("ls");
-    std::os::unix::process::CommandExt::uid(&mut look, OTHER);
-    let looked = look.arg(&fds).output().unwrap();
-    assert!(!looked.status.success(), "{looked:?}");
+    // Nor by way of the kernel, which shows the memory files of the agent, and
+    // of a program that has fetched the tensors, under /proc.
+    let large = folder.path().join("large.safetensors");
+    model::write_sparse(&large, 4, 128 << 20);
+    json_as(&agent, ONE, &genie, &["put", text(&large), "large"]);
+    let program = agent.spawn_as(ONE, &genie, &["get", "large", text(&back)]);
+    eventually("the program has memory of the agent's", || {
+        let found = !memory_files(program.pid(), "map_files").is_empty();
+        found.then(|| program.signal(Signal::STOP))
+    });
+    let of_program = memory_files(program.pid(), "map_files");
+    let mut of_agent = memory_files(agent.pid(), "fd");
+    of_agent.extend(memory_files(agent.pid(), "map_files"));
+    assert!(!of_program.is_empty() && of_agent.len() > 1);
+    for file in of_agent.iter().chain(&of_program) {
+        assert!(fs::File::open(file).is_ok(), "root can open {file:?}");
+        let mut open = std::process::Command::new("head");
+        std::os::unix::process::CommandExt::uid(&mut open, OTHER);
+        let opened = open.args(["-c1", text(file)]).output().unwrap();
+        let reason = String::from_utf8_lossy(&opened.stderr);
+        assert!(reason.contains("Permission denied"), "{file:?}: {opened:?}");
+    }
+    drop(program);
+    json_as(&agent, ONE, &genie, &["rm", "large"]);
 
     // The first still has it, and root may do everything.
     json_as(&agent, ONE, &genie, &["get", "m", text(&back)]);
@@ -138,6 +169,14 @@ fn a_group_can_be_all_that_may_use_the_socket() {
     json_as(&agent, ONE, &genie, &["ls"]);
     let other = agent.spawn_as(OTHER, &genie, &["ls"]).wait(GENEROUS);
     other.assert_fails_with("no permission to use");
+
+    // A group that the agent is not in takes a right that it need not have.
+    let socket = folder.path().join("one.sock");
+    let args = ["agent", "--transport=tcp", "--listen=127.0.0.1:0"];
+    let more = ["--data=127.0.0.1:0", "--socket-group=65533", "--socket"];
+    let args = [&args[..], &more, &[text(&socket)]].concat();
+    let refused = agent.spawn_as(ONE, &genie, &args).wait(GENEROUS);
+    refused.assert_fails_with("run the agent in that group");
 }
 
 #[test]
