@@ -152,6 +152,110 @@ mod tests {
         }
     }
 
+    /// What docs/devices.md says of each device, in the order of its columns:
+    /// chains, memory on transmission, interrupt, survives its peer, fragile,
+    /// copies on transmission and reception.
+    #[test]
+    fn the_table_is_what_was_measured() {
+        use External::{Any, Never, Registered};
+        let (yes, no) = (true, false);
+        for (driver, devargs, chains, external, interrupt, survives, fragile, copies) in [
+            (
+                "net_vhost",
+                "net_vhost0",
+                yes,
+                Any,
+                yes,
+                yes,
+                no,
+                (yes, yes),
+            ),
+            (
+                "net_virtio_user",
+                "net_virtio_user0",
+                yes,
+                Never,
+                yes,
+                yes,
+                no,
+                (no, no),
+            ),
+            ("net_memif", "net_memif0", yes, Any, no, no, yes, (yes, yes)),
+            (
+                "net_memif",
+                "net_memif0,zero-copy=yes",
+                yes,
+                Never,
+                no,
+                no,
+                yes,
+                (no, no),
+            ),
+            (
+                "net_af_packet",
+                "net_af_packet0",
+                yes,
+                Any,
+                no,
+                yes,
+                no,
+                (yes, yes),
+            ),
+            (
+                "net_af_xdp",
+                "net_af_xdp0",
+                no,
+                Never,
+                no,
+                yes,
+                no,
+                (yes, yes),
+            ),
+            (
+                "net_virtio",
+                "0000:00:04.0",
+                yes,
+                Never,
+                yes,
+                yes,
+                no,
+                (no, no),
+            ),
+            (
+                "net_ice",
+                "0000:3b:00.0",
+                yes,
+                Registered,
+                yes,
+                yes,
+                no,
+                (no, no),
+            ),
+            (
+                "net_unheard_of",
+                "net_unheard_of0",
+                yes,
+                Never,
+                no,
+                no,
+                no,
+                (yes, yes),
+            ),
+        ] {
+            let known = traits(driver, devargs);
+            assert_eq!(known.multi_seg, chains, "{devargs}: chains");
+            assert_eq!(known.external, external, "{devargs}: memory");
+            assert_eq!(known.rx_interrupt, interrupt, "{devargs}: interrupt");
+            assert_eq!(known.survives_peer, survives, "{devargs}: survives");
+            assert_eq!(known.fragile, fragile, "{devargs}: fragile");
+            assert_eq!(known.copies, copies, "{devargs}: copies");
+        }
+        // These refuse an MTU in their configuration that they carry.
+        for driver in ["net_memif", "net_af_packet"] {
+            assert!(traits(driver, driver).hides_mtu, "{driver}");
+        }
+    }
+
     #[test]
     fn only_dpdk_memory_where_the_back_end_maps_nothing_else() {
         assert_eq!(
