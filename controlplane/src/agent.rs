@@ -28,8 +28,10 @@ use crate::config::{Config, ConfigError, DRAIN_LIMIT};
 use crate::devices::Devices;
 use crate::frame::FrameError;
 use crate::identity::{CredentialError, Credentials, Identity};
+use crate::metrics;
 use crate::node::{Node, Parts};
 use crate::session::establish;
+use crate::status::MetricsStatus;
 use crate::transport::{Attended, Local, Preference, Transport, Transports};
 
 /// Programs that may be connected at a time.
@@ -141,6 +143,7 @@ async fn serve(
     let listener = listen(config.listen).await?;
     let (applications, socket) = bind_socket(&config).await?;
     let (transports, attended) = start_transports(&config)?;
+    let (scrapers, metrics) = listen_metrics(config.metrics).await;
     let node = Node::new(Parts {
         name: config.name.clone(),
         preference: config.transport.clone(),
@@ -156,6 +159,7 @@ async fn serve(
         warning: config.warning(),
         devices: Devices::open(&config.accelerators),
         identity: Identity::new(credentials, config.access.clone()),
+        metrics,
     });
     for attended in attended {
         attend(&node, attended);
@@ -165,6 +169,7 @@ async fn serve(
         () = accept_peers(&node, &listener) => {}
         () = accept_applications(&node, &applications) => {}
         () = renew(&node, &mut hangup, reload) => {}
+        () = metrics::serve(&node, scrapers) => {}
         name = stop.wait() => tracing::info!("{name}: stopping"),
     }
     node.stop();
@@ -243,6 +248,40 @@ async fn listen(address: SocketAddr) -> Result<TcpListener, AgentError> {
     TcpListener::bind(address)
         .await
         .map_err(|source| refused_listen(what, address, flag, source))
+}
+
+/// An agent without metrics is still an agent.
+async fn listen_metrics(wanted: metrics::Wanted) -> (Option<TcpListener>, MetricsStatus) {
+    let metrics::Wanted(Some(address)) = wanted else {
+        return Default::default();
+    };
+    let bound = TcpListener::bind(address).await;
+    match bound.and_then(|listener| Ok((listener.local_addr()?, listener))) {
+        Ok((address, listener)) => {
+            let address = Some(address);
+            (
+                Some(listener),
+                MetricsStatus {
+                    address,
+                    reason: None,
+                },
+            )
+        }
+        Err(error) => {
+            let reason = format!(
+                "cannot listen on {address}: {error}; choose another with --metrics, or off"
+            );
+            tracing::warn!("no metrics: {reason}");
+            let reason = Some(reason);
+            (
+                None,
+                MetricsStatus {
+                    address: None,
+                    reason,
+                },
+            )
+        }
+    }
 }
 
 fn refused_listen(

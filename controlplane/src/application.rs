@@ -24,6 +24,7 @@ use tokio::time::timeout;
 use crate::budget::{AllocateError, Allocation, Charge, Room};
 use crate::devices::DeviceError;
 use crate::frame::{self, FrameError};
+use crate::metrics::Direction;
 use crate::node::Node;
 use crate::quota::{self, QuotaError, User};
 use crate::session::SessionError;
@@ -293,7 +294,10 @@ impl Application {
                 Some(peer) => {
                     let session = node.session(&peer).await?;
                     let kind = memory.kind();
-                    transfer::put(&session, &prefix, sources, metadata, kind, &told).await
+                    let put = transfer::put(&session, &prefix, sources, metadata, kind, &told);
+                    let moved = put.await?;
+                    node.counters.dialled(&peer, Direction::Sent, &moved);
+                    Ok(moved)
                 }
                 None => {
                     let _given_up = told.give_up_on_drop();
@@ -375,7 +379,9 @@ impl Application {
             match remote(&node, from) {
                 Some(peer) => {
                     let session = node.session(&peer).await?;
-                    transfer::get(&session, &prefix, &room, &told).await
+                    let got = transfer::get(&session, &prefix, &room, &told).await?;
+                    node.counters.dialled(&peer, Direction::Received, &got.1);
+                    Ok(got)
                 }
                 None => {
                     let _given_up = told.give_up_on_drop();
@@ -421,7 +427,9 @@ impl Application {
             match remote(&node, from) {
                 Some(peer) => {
                     let session = node.session(&peer).await?;
-                    transfer::fetch(&session, &name, runs, &room, &told).await
+                    let got = transfer::fetch(&session, &name, runs, &room, &told).await?;
+                    node.counters.dialled(&peer, Direction::Received, &got.1);
+                    Ok(got)
                 }
                 None => {
                     let _given_up = told.give_up_on_drop();

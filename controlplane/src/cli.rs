@@ -5,13 +5,16 @@
 
 mod ca;
 mod device;
+mod doctor;
 mod hugepages;
+mod log;
 mod move_file;
 mod show;
 
 use std::io::{self, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use clap::builder::FalseyValueParser;
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
@@ -23,6 +26,7 @@ use serde::Serialize;
 use tracing_subscriber::EnvFilter;
 
 use ca::CaCommand;
+use doctor::DoctorArgs;
 use hugepages::{HugepagesCommand, HugepagesError};
 
 use crate::agent::{self, AgentError};
@@ -31,6 +35,12 @@ use crate::config::{AgentArgs, Config, ConfigError, default_socket};
 use crate::identity::authority::AuthorityError;
 use crate::safetensors::FileError;
 use crate::tensor::{TensorError, check_name};
+
+/// Engines publish ten times as often.
+const WATCH_EVERY: Duration = Duration::from_secs(1);
+
+/// Moves a terminal's cursor home and clears what is below (ECMA-48).
+const CLEAR: &str = "\x1b[H\x1b[J";
 
 /// Moves tensors between machines.
 #[derive(Debug, Parser)]
@@ -95,8 +105,13 @@ enum Command {
     /// Make credentials for agents
     #[command(subcommand)]
     Ca(CaCommand),
+    /// Look at what of this machine can be used, and say what mends the rest
+    Doctor(DoctorArgs),
     /// Show the agent, its transports, sessions and counters
     Status {
+        /// Show it again every second until interrupted; with --json one line each time
+        #[arg(long)]
+        watch: bool,
         #[command(flatten)]
         agent: Local,
     },
@@ -158,6 +173,8 @@ enum CommandError {
     Arena { file: String, source: NotOfArena },
     #[error("cannot print: {0}")]
     Print(io::Error),
+    #[error("nothing can work here: not even TCP on the loopback interface does")]
+    Unusable,
     #[error("cannot watch for signals: {0}")]
     Signals(io::Error),
 }
@@ -202,7 +219,7 @@ pub fn main() -> ExitCode {
     };
     tracing_subscriber::fmt()
         .with_env_filter(filter)
-        .with_writer(io::stderr)
+        .with_writer(log::stderr)
         .init();
     match run(cli.command, cli.json) {
         Ok(()) => ExitCode::SUCCESS,
@@ -262,9 +279,20 @@ fn run(command: Command, json: bool) -> Result<(), CommandError> {
         }
         Command::Ca(command) => ca::run(command, json),
         Command::Hugepages(command) => hugepages::run(command, json),
-        Command::Status { agent } => {
-            let status = agent.connect()?.status()?;
-            print(json, &status, || show::status(&status))
+        Command::Doctor(args) => doctor::run(args, json),
+        Command::Status { watch, agent } => {
+            let mut client = agent.connect()?;
+            loop {
+                let status = client.status()?;
+                let clear = if watch && !json { CLEAR } else { "" };
+                print(json, &status, || {
+                    format!("{clear}{}", show::status(&status))
+                })?;
+                if !watch {
+                    return Ok(());
+                }
+                std::thread::sleep(WATCH_EVERY);
+            }
         }
         Command::Bench(args) => Ok(bench::run(*args, json)?),
     }

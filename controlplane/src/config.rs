@@ -17,6 +17,7 @@ use genie_dataplane::tcp::STREAMS_MAX;
 use serde::Deserialize;
 
 use crate::identity::CredentialFiles;
+use crate::metrics;
 use crate::quota::Limits;
 use crate::rights::{ANYBODY, Access, Rights};
 use crate::tensor::check_name;
@@ -24,8 +25,8 @@ use crate::transport::{Preference, PreferenceError};
 use crate::units::{UnitError, parse_bytes, parse_duration, show_bytes};
 
 /// Control port, and the data port next to it.
-const CONTROL_PORT: u16 = 5555;
-const DATA_PORT: u16 = 5556;
+pub(crate) const CONTROL_PORT: u16 = 5555;
+pub(crate) const DATA_PORT: u16 = 5556;
 
 /// After how much silence a peer is given up, if nothing else was said.
 const LIVENESS: Duration = Duration::from_secs(2);
@@ -138,6 +139,9 @@ pub struct AgentArgs {
     /// A peer that may open sessions; may be repeated [default: all that the CA certified]
     #[arg(long, value_name = "NAME", env = "GENIE_ALLOW", value_delimiter = ',')]
     pub allow: Vec<String>,
+    /// Where metrics are served over HTTP, or off [default: 127.0.0.1:9095]
+    #[arg(long, value_name = "ADDR", env = "GENIE_METRICS")]
+    pub metrics: Option<metrics::Wanted>,
     /// Listen on addresses that others can reach though nobody is authenticated
     #[arg(long, env = "GENIE_ALLOW_UNAUTHENTICATED", value_parser = FalseyValueParser::new())]
     pub allow_unauthenticated: bool,
@@ -186,6 +190,8 @@ pub struct Config {
     pub credentials: Option<CredentialFiles>,
     /// Which peers may open sessions, and what they may do.
     pub access: Access,
+    /// Where metrics are served.
+    pub metrics: metrics::Wanted,
     /// Whether it may listen where strangers can reach it.
     pub allow_unauthenticated: bool,
 }
@@ -277,10 +283,11 @@ struct File {
     key: Option<PathBuf>,
     allow: Option<OneOrMore>,
     rights: BTreeMap<String, Rights>,
+    metrics: Option<String>,
     allow_unauthenticated: bool,
 }
 
-const KEYS: [&str; 26] = [
+const KEYS: [&str; 27] = [
     "name",
     "listen",
     "data",
@@ -306,6 +313,7 @@ const KEYS: [&str; 26] = [
     "key",
     "allow",
     "rights",
+    "metrics",
     "allow-unauthenticated",
 ];
 
@@ -341,6 +349,12 @@ impl Config {
             None => File::default(),
         };
         Self::merge(args, file)
+    }
+
+    /// The settings that a file of this text gives, without flags.
+    #[cfg(any(test, fuzzing, feature = "fuzzing"))]
+    pub(crate) fn of_text(text: &str, place: &str) -> Result<Self, ConfigError> {
+        Self::merge(AgentArgs::default(), File::parse(text, place)?)
     }
 
     fn merge(args: AgentArgs, file: File) -> Result<Self, ConfigError> {
@@ -488,6 +502,13 @@ impl Config {
             tcp_congestion: args.tcp_congestion.or(file.tcp_congestion),
             credentials,
             access,
+            metrics: match (args.metrics, file.metrics) {
+                (Some(wanted), _) => wanted,
+                (None, Some(text)) => text
+                    .parse()
+                    .map_err(|error: metrics::WantedError| value("metrics")(error.to_string()))?,
+                (None, None) => metrics::Wanted::default(),
+            },
             allow_unauthenticated: args.allow_unauthenticated || file.allow_unauthenticated,
         };
         config.check()?;

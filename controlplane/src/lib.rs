@@ -18,9 +18,13 @@ pub mod budget;
 pub mod cli;
 pub mod config;
 pub mod devices;
+pub mod doctor;
 pub mod frame;
+#[cfg(any(test, fuzzing, feature = "fuzzing"))]
+pub mod fuzzing;
 pub mod identity;
 pub mod message;
+pub mod metrics;
 pub mod negotiation;
 pub mod node;
 pub mod quota;

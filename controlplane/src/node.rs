@@ -15,9 +15,10 @@ use crate::budget::{Budget, Room};
 use crate::devices::Devices;
 use crate::identity::Identity;
 use crate::message::{Hello, Instance};
+use crate::metrics::Counters;
 use crate::quota::{self, Quotas};
 use crate::session::{Direction, Session, SessionError, establish};
-use crate::status::{AgentStatus, PeerStatus, SessionStatus, TransportStatus};
+use crate::status::{AgentStatus, MetricsStatus, PeerStatus, SessionStatus, TransportStatus};
 use crate::store::Store;
 use crate::transport::{Local, Preference, Transport, Transports};
 
@@ -54,6 +55,10 @@ pub struct Node {
     pub devices: Devices,
     /// Who this node is, and whom it admits.
     pub identity: Identity,
+    /// Where metrics are served.
+    pub metrics: MetricsStatus,
+    /// What moved to and from peers.
+    pub counters: Counters,
     /// When the agent started.
     pub started: Instant,
     live: Mutex<HashMap<(Transport, SessionId), Arc<Session>>>,
@@ -100,6 +105,8 @@ pub struct Parts {
     pub devices: Devices,
     /// Who this node is, and whom it admits.
     pub identity: Identity,
+    /// Where metrics are served.
+    pub metrics: MetricsStatus,
 }
 
 /// Something under way that a stopping agent waits for.
@@ -134,6 +141,8 @@ impl Node {
             warning: parts.warning,
             devices: parts.devices,
             identity: parts.identity,
+            metrics: parts.metrics,
+            counters: Counters::default(),
             started: Instant::now(),
             live: Mutex::default(),
             busy: AtomicUsize::new(0),
@@ -255,6 +264,11 @@ impl Node {
         self.stopping.store(true, Ordering::SeqCst);
     }
 
+    /// Whether nothing new is begun.
+    pub fn is_stopping(&self) -> bool {
+        self.stopping.load(Ordering::SeqCst)
+    }
+
     /// Whether anything is under way.
     pub fn is_busy(&self) -> bool {
         self.busy.load(Ordering::SeqCst) > 0
@@ -279,6 +293,7 @@ impl Node {
             socket: self.socket.clone(),
             warning: self.warning.clone(),
             identity: self.identity.status(),
+            metrics: self.metrics.clone(),
             preference: self.preference.to_string(),
             transports: self.transport_status(),
             peers: self.peers.iter().map(peer).collect(),

@@ -352,6 +352,11 @@ impl Session {
         (entry, call)
     }
 
+    /// How the path is called.
+    pub fn path_name(&self) -> String {
+        self.path.name.clone()
+    }
+
     /// Requests under way, either way.
     pub fn requests(&self) -> usize {
         self.lock().len()

@@ -138,6 +138,7 @@ impl Agent {
             .args(["agent", "--json", "--log", "debug", "--name", name])
             .args(default_address("--listen", args))
             .args(default_address("--data", args))
+            .args(default_address("--metrics", args))
             .arg("--socket")
             .arg(&socket)
             .args(args)

@@ -26,6 +26,9 @@ pub struct AgentStatus {
     pub warning: Option<String>,
     /// Who it is, and whom it admits.
     pub identity: IdentityStatus,
+    /// Where its metrics are.
+    #[serde(default)]
+    pub metrics: MetricsStatus,
     /// What it allows, best first.
     pub preference: String,
     /// Transports and why some cannot be used.
@@ -43,6 +46,15 @@ pub struct AgentStatus {
     pub users: Vec<UserStatus>,
     /// Accelerators that it was started with.
     pub accelerators: Vec<AcceleratorStatus>,
+}
+
+/// Where an agent's metrics are served.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MetricsStatus {
+    /// The address; none if they are off, or cannot be served.
+    pub address: Option<SocketAddr>,
+    /// Why they cannot.
+    pub reason: Option<String>,
 }
 
 /// An accelerator.

@@ -122,6 +122,11 @@ pub(super) fn status(status: &AgentStatus) -> String {
             status.socket.display()
         ),
     );
+    match (&status.metrics.address, &status.metrics.reason) {
+        (Some(address), _) => line(&mut text, &format!("  metrics http://{address}/metrics")),
+        (None, Some(reason)) => line(&mut text, &format!("  no metrics: {reason}")),
+        (None, None) => {}
+    }
     let usage = |used, limit| format!("{} of {}", show_bytes(used), show_bytes(limit));
     line(
         &mut text,

@@ -30,6 +30,7 @@ pub(crate) fn node() -> Arc<Node> {
         warning: None,
         devices: Default::default(),
         identity: crate::identity::Identity::new(None, Default::default()),
+        metrics: Default::default(),
     })
 }
 

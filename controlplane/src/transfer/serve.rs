@@ -10,6 +10,7 @@ use super::batch::{receive_all, send_all, send_list};
 use super::{Progress, TransferError, allocate, lay_out, part, recv_list};
 use crate::budget::Room;
 use crate::message::{Message, Outcome, Request};
+use crate::metrics::Direction;
 use crate::node::Node;
 use crate::session::Call;
 use crate::store::description_bytes;
@@ -25,6 +26,23 @@ pub async fn serve(
     request: Request,
 ) -> Result<Outcome, TransferError> {
     let _busy = node.begin().ok_or(TransferError::Stopping)?;
+    let direction = match &request {
+        Request::Put { .. } => Some(Direction::Received),
+        Request::Get { .. } | Request::Fetch { .. } => Some(Direction::Sent),
+        Request::List { .. } | Request::Remove { .. } => None,
+    };
+    let outcome = answer(node, call, request).await?;
+    if let Some(direction) = direction {
+        node.counters.served(call.session(), direction, &outcome);
+    }
+    Ok(outcome)
+}
+
+async fn answer(
+    node: &Arc<Node>,
+    call: &mut Call,
+    request: Request,
+) -> Result<Outcome, TransferError> {
     let peer = Owner::Peer(call.session().peer.clone());
     match request {
         Request::Put {
