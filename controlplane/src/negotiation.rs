@@ -129,17 +129,17 @@ mod tests {
 
     #[test]
     fn what_one_side_lacks_is_refused_in_its_name() {
-        let auto = Preference::default();
+        let both = preference("dpdk,tcp");
         let a = [tcp(), no_dpdk("no device was given")];
         let b = [tcp(), no_dpdk("no huge pages")];
         let dialler = Side {
             name: "a",
-            preference: &auto,
+            preference: &both,
             offers: &a,
         };
         let acceptor = Side {
             name: "b",
-            preference: &auto,
+            preference: &both,
             offers: &b,
         };
         let plan = plan(dialler, acceptor);
@@ -152,7 +152,7 @@ mod tests {
 
     #[test]
     fn one_word_alone_leaves_nothing_else() {
-        let (dpdk, auto) = (preference("dpdk"), Preference::default());
+        let (dpdk, both) = (preference("dpdk"), preference("dpdk,tcp"));
         let a = [tcp(), no_dpdk("no huge pages")];
         let dialler = Side {
             name: "a",
@@ -161,7 +161,7 @@ mod tests {
         };
         let acceptor = Side {
             name: "b",
-            preference: &auto,
+            preference: &both,
             offers: &a,
         };
         let one = plan(dialler, acceptor);
@@ -182,11 +182,11 @@ mod tests {
             transport: Transport::Dpdk,
             reason: "x".into(),
         }];
-        let (tcp_first, auto) = (preference("tcp,dpdk"), Preference::default());
+        let (tcp_first, both) = (preference("tcp,dpdk"), preference("dpdk,tcp"));
         let keep = |a, b| better_refused(Transport::Tcp, refused.clone(), a, b).len();
         assert_eq!(keep(&tcp_first, &tcp_first), 0);
-        assert_eq!(keep(&auto, &tcp_first), 1);
-        assert_eq!(keep(&tcp_first, &auto), 1);
-        assert_eq!(keep(&preference("tcp"), &auto), 1);
+        assert_eq!(keep(&both, &tcp_first), 1);
+        assert_eq!(keep(&tcp_first, &both), 1);
+        assert_eq!(keep(&preference("tcp"), &both), 1);
     }
 }
