@@ -1,12 +1,14 @@
 //! The application socket: how programs on this host use the agent.
 //!
 //! What is said on it is in [`genie_client::protocol`]. One task serves one
-//! connection, one request after the other; the kernel says whose connection
+//! connection, one request after the other, and batches beside them; the kernel says whose connection
 //! it is, and everything it has is charged to that user. The invariant: *what
 //! an application sends, passes, writes into its memory or leaves undone ends
 //! at worst its own connection*.
 
+mod batch;
 mod memory;
+mod window;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -16,21 +18,22 @@ use genie_client::protocol::{
 };
 use genie_client::slice::Run;
 use genie_client::{Metadata, Moved, Owner};
-use genie_dataplane::memory::accelerator::AcceleratorError;
 use tokio::io::AsyncReadExt;
 use tokio::net::UnixStream;
 use tokio::time::timeout;
 
 use crate::budget::{AllocateError, Allocation, Charge, Room};
-use crate::devices::DeviceError;
 use crate::frame::{self, FrameError};
 use crate::metrics::Direction;
 use crate::node::Node;
+use crate::notifications::Listener;
 use crate::quota::{self, QuotaError, User};
 use crate::session::SessionError;
 use crate::tensor::{ListLimit, TensorError};
 use crate::transfer::{self, Arrived, Progress, TransferError};
+use batch::Batches;
 use memory::{Arenas, MemoryError, pass_descriptor, take_descriptor};
+use window::Windows;
 
 /// How often progress is told: often enough for a bar to move smoothly.
 const PROGRESS_EVERY: Duration = Duration::from_millis(100);
@@ -86,24 +89,27 @@ pub async fn serve(
         stream,
         user,
         arenas: Arenas::default(),
+        batches: Batches::default(),
+        windows: Windows::default(),
+        listener: None,
+        requests: 0,
+        cancelled: false,
     };
     loop {
         // An idle application may keep its connection; a frame once begun must end.
         let mut first = [0];
-        if application
-            .stream
-            .read(&mut first)
-            .await
-            .map_err(FrameError::Io)?
-            == 0
-        {
+        let read = tokio::select! {
+            read = application.stream.read(&mut first) => read.map_err(FrameError::Io)?,
+            ended = application.batches.next() => {
+                application.send(&ended).await?;
+                continue;
+            }
+        };
+        if read == 0 {
             return Ok(());
         }
-        let mut rest = first.chain(&mut application.stream);
-        let ask = timeout(PATIENCE, frame::read(&mut rest, frame::BODY_MAX)).await;
-        application
-            .answer(ask.map_err(|_| ApplicationError::Stalled)??)
-            .await?;
+        let ask = application.rest(first).await?;
+        application.begin(ask).await?;
     }
 }
 
@@ -112,9 +118,52 @@ struct Application {
     stream: UnixStream,
     user: User,
     arenas: Arenas,
+    batches: Batches,
+    windows: Windows,
+    listener: Option<Listener>,
+    /// How many were asked.
+    requests: u64,
+    /// Whether the one that is being answered was cancelled.
+    cancelled: bool,
 }
 
 impl Application {
+    /// Counts a request and answers it.
+    async fn begin(&mut self, ask: Ask) -> Result<(), ApplicationError> {
+        if let Ask::Cancel { request } = ask {
+            self.batches.cancel(request);
+            return Ok(());
+        }
+        let request = self.requests;
+        self.requests += 1;
+        self.cancelled = false;
+        match ask {
+            Ask::Batch(ranges) => {
+                let (batches, arenas) = (&mut self.batches, &self.arenas);
+                match batches.begin(&self.node, &self.user, arenas, request, ranges) {
+                    Ok(()) => Ok(()),
+                    Err(error) => self.send(&batch::refused(request, &error)).await,
+                }
+            }
+            ask => self.answer(ask).await,
+        }
+    }
+
+    /// Takes note of a cancellation that comes while something else is under way.
+    fn cancel(&mut self, request: u64) {
+        if request + 1 == self.requests {
+            self.cancelled = true;
+        }
+        self.batches.cancel(request);
+    }
+
+    /// The frame whose first byte this is.
+    async fn rest(&mut self, first: [u8; 1]) -> Result<Ask, ApplicationError> {
+        let mut rest = first.chain(&mut self.stream);
+        let ask = timeout(PATIENCE, frame::read(&mut rest, frame::BODY_MAX)).await;
+        Ok(ask.map_err(|_| ApplicationError::Stalled)??)
+    }
+
     async fn answer(&mut self, ask: Ask) -> Result<(), ApplicationError> {
         match ask {
             Ask::Arena { bytes, memory } => self.arena(bytes, memory).await,
@@ -156,9 +205,33 @@ impl Application {
                 let status = Box::new(self.node.status(self.user.uid()));
                 self.send(&Answer::Status(status)).await
             }
-            Ask::Tensors(_) => Err(ApplicationError::Unexpected(
-                "a list that nothing asked for",
-            )),
+            Ask::Window {
+                node,
+                name,
+                bytes,
+                memory,
+            } => self.make_window(node, &name, bytes, memory).await,
+            Ask::Register {
+                name,
+                arena,
+                offset,
+                bytes,
+            } => self.register(&name, arena, offset, bytes).await,
+            Ask::Seal {
+                node,
+                name,
+                tensors,
+            } => self.seal(node, &name, tensors).await,
+            Ask::Listen { prefix } => self.listen(prefix).await,
+            Ask::Await { limit_ms } => self.notification(limit_ms).await,
+            Ask::Notify {
+                node,
+                name,
+                message,
+            } => self.notify(node, &name, message).await,
+            Ask::Tensors(_) | Ask::Batch(_) | Ask::Cancel { .. } => Err(
+                ApplicationError::Unexpected("a list that nothing asked for"),
+            ),
         }
     }
 
@@ -197,7 +270,7 @@ impl Application {
         let reason = allocation.fallback.clone();
         // A device's memory has nothing to seal.
         let sealed = allocation.host().is_none();
-        let arena = self.arenas.add(allocation, sealed);
+        let arena = self.arenas.add_writable(allocation, sealed);
         self.send(&Answer::Arena { arena, reason }).await?;
         pass_descriptor(&self.stream, descriptor).await
     }
@@ -523,16 +596,16 @@ impl Application {
     }
 
     /// Drives an operation, tells its progress, and drops it if the
-    /// application leaves.
-    async fn attend<T>(
+    /// application cancels it or leaves.
+    async fn attend<T, E: From<TransferError>>(
         &mut self,
-        operation: impl Future<Output = T>,
+        operation: impl Future<Output = Result<T, E>>,
         progress: &Progress,
-    ) -> Result<T, ApplicationError> {
+    ) -> Result<Result<T, E>, ApplicationError> {
         let mut operation = std::pin::pin!(operation);
         let mut tick = tokio::time::interval(PROGRESS_EVERY);
         let mut told = (0, 0);
-        loop {
+        while !self.cancelled {
             tokio::select! {
                 biased;
                 done = &mut operation => return Ok(done),
@@ -544,10 +617,17 @@ impl Application {
                         self.send(&Answer::Progress { done, total }).await?;
                     }
                 }
-                // Bytes or the end: either way it no longer waits.
-                _ = self.stream.read_u8() => return Err(ApplicationError::GaveUp),
+                first = self.stream.read_u8() => {
+                    let first = first.map_err(|_| ApplicationError::GaveUp)?;
+                    // Anything else: it no longer waits.
+                    match self.rest([first]).await? {
+                        Ask::Cancel { request } => self.cancel(request),
+                        _ => return Err(ApplicationError::GaveUp),
+                    }
+                }
             }
         }
+        Ok(Err(TransferError::Cancelled.into()))
     }
 
     async fn fail(&mut self, error: impl Into<MemoryError>) -> Result<(), ApplicationError> {
@@ -561,35 +641,15 @@ impl Application {
         Ok(sent.map_err(|_| ApplicationError::Stalled)??)
     }
 
+    /// The next part of a request; cancellations may come in between.
     async fn recv(&mut self) -> Result<Ask, ApplicationError> {
-        let received = timeout(PATIENCE, frame::read(&mut self.stream, frame::BODY_MAX)).await;
-        Ok(received.map_err(|_| ApplicationError::Stalled)??)
-    }
-}
-
-/// What a failure means to a program.
-fn kind_of(error: &TransferError) -> FailureKind {
-    use crate::store::CommitError;
-    match error {
-        TransferError::NotFound(_) => FailureKind::NotFound,
-        TransferError::Commit(CommitError::Taken { .. } | CommitError::Foreign { .. }) => {
-            FailureKind::Taken
+        loop {
+            let received = timeout(PATIENCE, frame::read(&mut self.stream, frame::BODY_MAX)).await;
+            match received.map_err(|_| ApplicationError::Stalled)?? {
+                Ask::Cancel { request } => self.cancel(request),
+                ask => return Ok(ask),
+            }
         }
-        TransferError::Tensor(_) | TransferError::Slice(_) => FailureKind::Invalid,
-        TransferError::Allocate(AllocateError::Quota(_)) => FailureKind::Quota,
-        TransferError::Allocate(AllocateError::Import(_)) => FailureKind::Descriptor,
-        TransferError::Allocate(AllocateError::Device(DeviceError::Failed(
-            AcceleratorError::OutOfMemory { .. },
-        ))) => FailureKind::NoMemory,
-        TransferError::Allocate(AllocateError::Device(_)) | TransferError::Accelerator(_) => {
-            FailureKind::Accelerator
-        }
-        TransferError::Allocate(_) => FailureKind::NoMemory,
-        TransferError::Digest { .. } | TransferError::Failed(_) => FailureKind::Corrupt,
-        TransferError::Session(_) | TransferError::Peer { .. } | TransferError::Stalled { .. } => {
-            FailureKind::Peer
-        }
-        TransferError::Stopping | TransferError::GivenUp => FailureKind::Stopping,
     }
 }
 

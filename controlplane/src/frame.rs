@@ -101,6 +101,7 @@ mod tests {
             bytes: 12,
             owner: Owner::Peer("b".into()),
             memory: "host".into(),
+            window: false,
         };
         vec![
             Message::Hello(crate::session::testing::node().hello()),
@@ -164,7 +165,10 @@ mod tests {
             },
             Message::Done {
                 id: 1,
-                result: Err("the store is full".into()),
+                result: Err(genie_client::protocol::Failure {
+                    kind: genie_client::FailureKind::NoMemory,
+                    message: "the store is full".into(),
+                }),
             },
             Message::Denied {
                 id: 1,
@@ -172,6 +176,19 @@ mod tests {
                 name: "m".into(),
             },
             Message::Cancel { id: 1 },
+            Message::Begin {
+                id: 4,
+                request: crate::message::Request::Write {
+                    runs: crate::message::Runs {
+                        targets: vec!["w".into()],
+                        runs: vec![(0, genie_client::Run::bytes(3, 4))],
+                    },
+                    note: Some(genie_client::protocol::Note {
+                        target: 0,
+                        message: b"go".to_vec(),
+                    }),
+                },
+            },
         ]
     }
 

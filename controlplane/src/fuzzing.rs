@@ -4,16 +4,17 @@
 //! What is accepted must be sound: it comes back as it went after it is
 //! written again, and what is computed from it stays within its limits.
 
-use genie_client::protocol::{Answer, Ask};
-use genie_client::slice::{Run, check_runs};
+use genie_client::protocol::{Answer, Ask, Ranges};
+use genie_client::slice::{PIECES_MAX, Run, check_runs};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::config::Config;
 use crate::frame::{BODY_MAX, FrameError, check_len, check_preamble, decode, encode};
-use crate::message::Message;
+use crate::message::{Message, Runs};
 use crate::safetensors::{HEADER_MAX, Header};
 use crate::tensor::{DIMENSIONS_MAX, Metadata, TensorError, TensorInfo, check_batch};
+use crate::transfer;
 
 /// The length against which byte ranges are checked.
 const TENSOR_BYTES: u64 = 1 << 20;
@@ -57,6 +58,7 @@ pub fn application(bytes: &[u8]) -> usize {
         understood += 1;
         match &ask {
             Ask::Fetch { runs, .. } => ranges(runs),
+            Ask::Batch(batch) => pieces(batch),
             Ask::Tensors(placed) => {
                 let infos: Vec<_> = placed.iter().map(|placed| placed.info.clone()).collect();
                 tensors_of("m", &infos, None);
@@ -72,6 +74,25 @@ pub fn application(bytes: &[u8]) -> usize {
         rest = after;
     }
     understood
+}
+
+/// What is checked of a batch names bytes of its window, and no more than may be.
+fn pieces(batch: &Ranges) {
+    let runs = batch.ranges.iter().map(|range| (range.target, range.run));
+    let runs = Runs {
+        targets: batch.targets.clone(),
+        runs: runs.collect(),
+    };
+    let Ok(count) = transfer::ranges::check(&runs, batch.note.as_ref()) else {
+        return;
+    };
+    assert!(count <= PIECES_MAX);
+    for (_, run) in &runs.runs {
+        if run.is_inside(TENSOR_BYTES) {
+            let inside = |at: u64| at + run.len <= TENSOR_BYTES;
+            assert!(run.pieces().all(inside));
+        }
+    }
 }
 
 /// Reads `bytes` as the header of a file of tensors; returns whether it is one.
@@ -169,7 +190,7 @@ mod tests {
     #[test]
     fn the_corpus_of_frames_passes() {
         let understood = run("frame", frames);
-        for (name, count) in [("hello", 1), ("conversation", 9), ("empty", 0)] {
+        for (name, count) in [("hello", 1), ("conversation", 10), ("empty", 0)] {
             assert_eq!(understood.get(name), Some(&count), "{name}");
         }
     }
@@ -177,7 +198,7 @@ mod tests {
     #[test]
     fn the_corpus_of_the_application_socket_passes() {
         let understood = run("application", application);
-        for (name, count) in [("requests", 12), ("empty", 0)] {
+        for (name, count) in [("requests", 20), ("empty", 0)] {
             assert_eq!(understood.get(name), Some(&count), "{name}");
         }
     }
@@ -241,7 +262,7 @@ mod tests {
         use crate::negotiation::Refusal;
         use crate::tensor::Dtype;
         use crate::transport::Transport;
-        use genie_client::protocol::{ArenaId, FailureKind, Placed};
+        use genie_client::protocol::{ArenaId, Direction, FailureKind, Note, Placed, Ranged};
         use genie_client::{Listed, Memory, Owner};
         use genie_dataplane::tcp::Token;
         use genie_dataplane::{SessionId, TransferId};
@@ -267,6 +288,7 @@ mod tests {
                 bytes: 12,
                 owner: Owner::Peer("b".into()),
                 memory: "host".into(),
+                window: false,
             }
         }
 
@@ -319,7 +341,24 @@ mod tests {
                     id: 1,
                     result: Ok(Outcome::default()),
                 },
+                Message::Begin {
+                    id: 3,
+                    request: Request::Write {
+                        runs: Runs {
+                            targets: vec!["w".into()],
+                            runs: vec![(0, Run::bytes(0, 4))],
+                        },
+                        note: Some(note()),
+                    },
+                },
             ])
+        }
+
+        fn note() -> Note {
+            Note {
+                target: 0,
+                message: b"go".to_vec(),
+            }
         }
 
         pub(super) fn requests() -> Vec<Vec<u8>> {
@@ -369,6 +408,43 @@ mod tests {
                     name: "m".into(),
                 },
                 Ask::Status,
+                Ask::Window {
+                    node: Some("b".into()),
+                    name: "w".into(),
+                    bytes: 4096,
+                    memory: Memory::Auto,
+                },
+                Ask::Register {
+                    name: "w".into(),
+                    arena,
+                    offset: 0,
+                    bytes: 64,
+                },
+                Ask::Seal {
+                    node: None,
+                    name: "w".into(),
+                    tensors: vec![(info(), 64)],
+                },
+                Ask::Batch(Ranges {
+                    node: None,
+                    direction: Direction::Write,
+                    targets: vec!["w".into()],
+                    ranges: vec![Ranged {
+                        target: 0,
+                        run: Run::bytes(0, 4),
+                        arena,
+                        offset: 8,
+                    }],
+                    note: Some(note()),
+                }),
+                Ask::Cancel { request: 3 },
+                Ask::Listen { prefix: "w".into() },
+                Ask::Await { limit_ms: 10 },
+                Ask::Notify {
+                    node: None,
+                    name: "w".into(),
+                    message: b"go".to_vec(),
+                },
             ])
         }
 

@@ -27,6 +27,7 @@ pub mod message;
 pub mod metrics;
 pub mod negotiation;
 pub mod node;
+pub mod notifications;
 pub mod quota;
 pub mod rights;
 pub mod safetensors;

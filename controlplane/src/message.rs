@@ -20,6 +20,7 @@
 use std::fmt;
 
 use genie_client::Listed;
+use genie_client::protocol::{Failure, Note};
 use genie_client::slice::Run;
 use genie_dataplane::ledger::Copies;
 use genie_dataplane::memory::accelerator::MemoryKind;
@@ -144,7 +145,7 @@ pub enum Message {
         /// Which request.
         id: u64,
         /// What was done, or why not.
-        result: Result<Outcome, String>,
+        result: Result<Outcome, Failure>,
     },
     /// Acceptor: the dialler lacks the right to what it asked for.
     Denied {
@@ -198,6 +199,47 @@ pub enum Request {
         /// A full name or a prefix.
         name: String,
     },
+    /// Make a window.
+    Window {
+        /// Its full name.
+        name: String,
+        /// Its length.
+        bytes: u64,
+        /// In this kind of memory.
+        memory: MemoryKind,
+    },
+    /// Make tensors of a window.
+    Seal {
+        /// Its full name.
+        name: String,
+        /// The tensors, and where each begins.
+        tensors: Vec<(TensorInfo, u64)>,
+    },
+    /// Send ranges; the dialler grants their pieces at once.
+    Read(Runs),
+    /// Take ranges; the acceptor grants their pieces.
+    Write {
+        /// Which.
+        runs: Runs,
+        /// Told to those who listen once they were written.
+        note: Option<Note>,
+    },
+    /// Notify those who listen.
+    Notify {
+        /// About which name.
+        name: String,
+        /// What to say.
+        message: Vec<u8>,
+    },
+}
+
+/// Bytes of windows and tensors: every piece is a transfer.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Runs {
+    /// Names of windows, and of tensors if they are read.
+    pub targets: Vec<String>,
+    /// Which bytes, each of which target.
+    pub runs: Vec<(u32, Run)>,
 }
 
 /// How a request ended at one end.
@@ -213,6 +255,8 @@ pub struct Outcome {
     pub copies: Copies,
     /// CRC32C of all tensors' bytes in the order of their names.
     pub digest: u32,
+    /// How many listeners were notified.
+    pub listeners: u64,
 }
 
 impl Message {
@@ -226,7 +270,7 @@ impl Message {
             Self::Done {
                 result: Err(reason),
                 ..
-            } => reason.len(),
+            } => reason.message.len(),
             Self::Denied { name, .. } => name.len(),
             _ => 0,
         }

@@ -11,13 +11,16 @@ use genie_dataplane::SessionId;
 use genie_dataplane::endpoint::Lost;
 use genie_dataplane::memory::accelerator::MemoryKind;
 
+use tokio::sync::Semaphore;
+
 use crate::budget::{Budget, Room};
 use crate::devices::Devices;
 use crate::identity::Identity;
 use crate::message::{Hello, Instance};
 use crate::metrics::Counters;
+use crate::notifications::Notifications;
 use crate::quota::{self, Quotas};
-use crate::session::{Direction, Session, SessionError, establish};
+use crate::session::{Direction, REQUESTS_MAX, Session, SessionError, establish};
 use crate::status::{AgentStatus, MetricsStatus, PeerStatus, SessionStatus, TransportStatus};
 use crate::store::Store;
 use crate::transport::{Local, Preference, Transport, Transports};
@@ -59,6 +62,10 @@ pub struct Node {
     pub metrics: MetricsStatus,
     /// What moved to and from peers.
     pub counters: Counters,
+    /// Who listens to what.
+    pub notifications: Notifications,
+    /// Room for batches of ranges: fewer at a time than a peer takes.
+    pub batches: Arc<Semaphore>,
     /// When the agent started.
     pub started: Instant,
     live: Mutex<HashMap<(Transport, SessionId), Arc<Session>>>,
@@ -143,6 +150,8 @@ impl Node {
             identity: parts.identity,
             metrics: parts.metrics,
             counters: Counters::default(),
+            notifications: Notifications::default(),
+            batches: Arc::new(Semaphore::new(REQUESTS_MAX / 2)),
             started: Instant::now(),
             live: Mutex::default(),
             busy: AtomicUsize::new(0),

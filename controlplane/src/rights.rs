@@ -22,9 +22,9 @@ pub const ANYBODY: &str = "*";
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Right {
-    /// To add tensors.
+    /// To add tensors and windows, to write into windows, and to notify.
     Put,
-    /// To read tensors, whole or in part.
+    /// To read tensors and windows, whole or in part.
     Get,
     /// To see names.
     List,
@@ -83,14 +83,27 @@ impl Rights {
 }
 
 impl Request {
-    /// The right it takes, and on which name.
-    pub fn needs(&self) -> (Right, &str) {
+    /// The rights it takes, each on one name.
+    pub fn needs(&self) -> Vec<(Right, &str)> {
         match self {
-            Self::Put { prefix, .. } => (Right::Put, prefix),
-            Self::Get { prefix } => (Right::Get, prefix),
-            Self::Fetch { name, .. } => (Right::Get, name),
-            Self::List { under } => (Right::List, under.as_deref().unwrap_or_default()),
-            Self::Remove { name } => (Right::Remove, name),
+            Self::Put { prefix, .. } => vec![(Right::Put, prefix)],
+            Self::Get { prefix } => vec![(Right::Get, prefix)],
+            Self::Fetch { name, .. } => vec![(Right::Get, name)],
+            Self::List { under } => vec![(Right::List, under.as_deref().unwrap_or_default())],
+            Self::Remove { name } => vec![(Right::Remove, name)],
+            Self::Window { name, .. } | Self::Seal { name, .. } | Self::Notify { name, .. } => {
+                vec![(Right::Put, name)]
+            }
+            Self::Read(runs) => runs
+                .targets
+                .iter()
+                .map(|name| (Right::Get, &name[..]))
+                .collect(),
+            Self::Write { runs, .. } => runs
+                .targets
+                .iter()
+                .map(|name| (Right::Put, &name[..]))
+                .collect(),
         }
     }
 }
@@ -175,6 +188,19 @@ mod tests {
         assert!(access.admits("b") && access.grants("b", Right::Remove, "m"));
         access.allowed.insert("b".to_owned());
         assert!(access.admits("b") && !access.admits("c"));
+    }
+
+    #[test]
+    fn a_batch_takes_a_right_on_every_target() {
+        let runs = || crate::message::Runs {
+            targets: vec!["a".into(), "b".into()],
+            runs: Vec::new(),
+        };
+        let read = Request::Read(runs());
+        assert_eq!(read.needs(), [(Right::Get, "a"), (Right::Get, "b")]);
+        let (runs, note) = (runs(), None);
+        let write = Request::Write { runs, note };
+        assert_eq!(write.needs(), [(Right::Put, "a"), (Right::Put, "b")]);
     }
 
     #[test]

@@ -18,6 +18,7 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use genie_client::protocol::Failure;
 use genie_dataplane::SessionId;
 use genie_dataplane::endpoint::Endpoint;
 use tokio::io::AsyncWriteExt;
@@ -47,7 +48,7 @@ const INBOX: usize = 2 * genie_dataplane::endpoint::OPERATIONS_MAX;
 const INBOX_BYTES: usize = LIST_MAX + frame::BODY_MAX;
 
 /// Requests a peer may have under way in one session.
-const REQUESTS_MAX: usize = 1024;
+pub const REQUESTS_MAX: usize = 1024;
 
 /// Heartbeats in the time after which a silent peer is given up.
 const HEARTBEATS: u32 = 4;
@@ -418,8 +419,11 @@ impl Session {
         };
         let node = Arc::clone(node);
         let task = tokio::spawn(async move {
-            let (right, name) = request.needs();
-            if !node.identity.check(&call.session.peer, right, name) {
+            let mut needs = request.needs().into_iter();
+            let is_denied = |(right, name): &(Right, &str)| {
+                !node.identity.check(&call.session.peer, *right, name)
+            };
+            if let Some((right, name)) = needs.find(is_denied) {
                 let name = name.to_owned();
                 let _ = call.send(Message::Denied { id, right, name }).await;
                 return;
@@ -428,7 +432,10 @@ impl Session {
             if let Err(reason) = &result {
                 tracing::info!(peer = %call.session.peer, %reason, "a request failed");
             }
-            let result = result.map_err(|error| error.to_string());
+            let result = result.map_err(|error| Failure {
+                kind: transfer::kind_of(&error),
+                message: error.to_string(),
+            });
             // If the session has ended, the peer has been told that instead.
             let _ = call.send(Message::Done { id, result }).await;
         });
@@ -674,7 +681,7 @@ mod tests {
         else {
             panic!("no answer");
         };
-        assert!(reason.contains("is stopping"), "{reason}");
+        assert!(reason.message.contains("is stopping"), "{reason}");
     }
 
     #[tokio::test]

@@ -6,6 +6,8 @@
 //! the budget cannot be overrun by more than the rest of a page, and a reader
 //! never sees half a batch.
 
+mod window;
+
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -14,8 +16,12 @@ use genie_client::{Listed, Owner};
 use genie_dataplane::memory::Backing;
 use genie_dataplane::stage::Place;
 
+use tokio::sync::watch;
+
 use crate::budget::{Budget, Charge};
 use crate::tensor::{Metadata, TensorInfo, metadata_bytes};
+
+pub use window::{Removed, SealError, Target, Using, Window, removed, window_bytes};
 
 /// A tensor that is kept. Cloning it holds its memory.
 #[derive(Clone, Debug)]
@@ -48,6 +54,12 @@ pub enum CommitError {
         /// What was asked for.
         prefix: String,
     },
+    /// A window has that name.
+    #[error("{name:?} is a window: seal it, or remove it with 'genie rm {name}'")]
+    Window {
+        /// Full name.
+        name: String,
+    },
 }
 
 /// Nothing of that name.
@@ -63,6 +75,8 @@ pub struct NotFound {
 pub struct Store {
     budget: Budget,
     contents: Arc<Mutex<Contents>>,
+    /// Changes whenever a window was removed.
+    removals: Arc<watch::Sender<()>>,
 }
 
 #[derive(Debug, Default)]
@@ -71,6 +85,8 @@ struct Contents {
     sets: BTreeMap<String, Set>,
     /// Full name to prefix.
     names: BTreeMap<String, String>,
+    /// By full name.
+    windows: BTreeMap<String, Arc<Window>>,
 }
 
 #[derive(Debug)]
@@ -84,7 +100,7 @@ struct Set {
 }
 
 /// Whether `actor` may do anything with what is `owner`'s.
-fn may(actor: &Owner, owner: &Owner) -> bool {
+pub fn may(actor: &Owner, owner: &Owner) -> bool {
     match (actor, owner) {
         (Owner::User(uid), Owner::User(owner)) => uid == owner || *uid == ROOT,
         // Peers are not told apart from their users; see docs/applications.md.
@@ -101,6 +117,7 @@ impl Store {
         Self {
             budget,
             contents: Arc::default(),
+            removals: Arc::new(watch::Sender::new(())),
         }
     }
 
@@ -226,6 +243,9 @@ impl Store {
             .flat_map(|(prefix, set)| set.tensors.iter().map(move |tensor| tensor.listed(prefix)))
             .filter(|tensor| wanted(&tensor.name))
             .collect();
+        let windows = contents.windows.iter();
+        let windows = windows.filter(|(name, window)| window.is_for(reader) && wanted(name));
+        listed.extend(windows.map(|(name, window)| window.listed(name)));
         listed.sort_by(|a, b| a.name.cmp(&b.name));
         listed
     }
@@ -234,17 +254,20 @@ impl Store {
     /// prefix that `remover` may remove; returns how many tensors that were.
     pub fn remove(&self, name: &str, remover: &Owner) -> Result<u64, NotFound> {
         let mut contents = self.lock();
+        let windows = contents.take_windows(name, remover);
         let removed = match contents.names.get(name).cloned() {
             Some(prefix) => contents.take_tensor(&prefix, name, remover),
             None => contents.take_below(name, remover),
         };
         drop(contents);
-        if removed.is_empty() {
+        self.tell(&windows);
+        if removed.is_empty() && windows.is_empty() {
             return Err(NotFound {
                 name: name.to_owned(),
             });
         }
-        Ok(removed.iter().map(|set| set.tensors.len() as u64).sum())
+        let tensors: u64 = removed.iter().map(|set| set.tensors.len() as u64).sum();
+        Ok(tensors + windows.len() as u64)
     }
 
     /// How full it is.
@@ -269,14 +292,20 @@ impl Stored {
             shape: self.info.shape.clone(),
             bytes: self.lease.len() as u64,
             owner: self.owner.clone(),
-            memory: match &self.lease {
-                Place::Host(lease) => match lease.region().backing() {
-                    Backing::HugeTlb { .. } => "hugepage".to_owned(),
-                    Backing::Shmem => "host".to_owned(),
-                },
-                Place::Device(..) => self.lease.kind().to_string(),
-            },
+            memory: memory_of(&self.lease),
+            window: false,
         }
+    }
+}
+
+/// Where bytes live, as shown to people.
+fn memory_of(place: &Place) -> String {
+    match place {
+        Place::Host(lease) => match lease.region().backing() {
+            Backing::HugeTlb { .. } => "hugepage".to_owned(),
+            Backing::Shmem => "host".to_owned(),
+        },
+        Place::Device(..) => place.kind().to_string(),
     }
 }
 
@@ -291,8 +320,16 @@ impl Contents {
             let prefix = prefix.to_owned();
             return Err(CommitError::Foreign { prefix });
         }
+        if self.windows.contains_key(prefix) {
+            return Err(CommitError::Window {
+                name: prefix.to_owned(),
+            });
+        }
         for tensor in tensors {
             let name = full_name(prefix, &tensor.name);
+            if self.windows.contains_key(&name) {
+                return Err(CommitError::Window { name });
+            }
             match self.names.get(&name) {
                 Some(other) if other != prefix => {
                     return Err(CommitError::Taken {
@@ -306,8 +343,26 @@ impl Contents {
         Ok(())
     }
 
-    /// Whether another user has put under this prefix, one above or one below.
+    /// Whether another user has put, or has a window, under this prefix, one above or one below.
     fn is_near_anothers(&self, prefix: &str, owner: &Owner) -> bool {
+        self.has_anothers_set_near(prefix, owner) || self.has_anothers_window_near(prefix, owner)
+    }
+
+    fn has_anothers_window_near(&self, name: &str, owner: &Owner) -> bool {
+        let above = name.match_indices('/').map(|(at, _)| &name[..at]);
+        let at_or_above = above
+            .chain([name])
+            .filter_map(|name| self.windows.get(name));
+        let below = format!("{name}/");
+        let windows_below = self.windows.range(below.clone()..);
+        let windows_below = windows_below
+            .take_while(|(name, _)| name.starts_with(&below))
+            .map(|(_, window)| window);
+        let mut near = at_or_above.chain(windows_below);
+        near.any(|window| !window.is_for(owner))
+    }
+
+    fn has_anothers_set_near(&self, prefix: &str, owner: &Owner) -> bool {
         let above = prefix.match_indices('/').map(|(at, _)| &prefix[..at]);
         let at_or_above = above
             .chain([prefix])

@@ -7,29 +7,37 @@
 //! kept before every tensor of the batch was verified at both ends*.
 
 mod batch;
+mod kind;
 mod local;
 mod part;
+mod pending;
+pub mod ranges;
 mod serve;
+pub mod windows;
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use genie_dataplane::engine::FailReason;
 use genie_dataplane::memory::accelerator::{AcceleratorError, MemoryKind};
 use genie_dataplane::stage::{Place, StageError};
 
+use genie_client::protocol::Failure;
 use genie_client::slice::{self, Run, SliceError};
-use genie_client::{Listed, Moved};
+use genie_client::{FailureKind, Listed, Moved};
+use tokio::sync::Notify;
 use tokio::time::timeout;
 
+pub use kind::kind_of;
 pub use local::{fetch as get_local, keep as put_local, part as part_local};
 pub use serve::serve;
 
 use crate::budget::{AllocateError, Allocation, Budget, Charge, Room};
 use crate::message::{Message, Outcome, Request};
+use crate::notifications::LongMessage;
 use crate::session::{Call, Session, SessionError};
-use crate::store::{CommitError, NotFound};
+use crate::store::{CommitError, NotFound, Removed, SealError, Using};
 use crate::tensor::{ListLimit, Metadata, TENSORS_MAX, TensorError, TensorInfo, check_batch};
 use batch::{receive_all, send_all, send_list};
 
@@ -54,6 +62,18 @@ pub enum TransferError {
     /// The part that is asked for does not exist.
     #[error(transparent)]
     Slice(#[from] SliceError),
+    /// A range of something that the request does not name.
+    #[error("there is no target {0} in the request")]
+    NoTarget(u32),
+    /// A window went away.
+    #[error(transparent)]
+    Removed(#[from] Removed),
+    /// A window does not become tensors.
+    #[error(transparent)]
+    Seal(#[from] SealError),
+    /// A notification says too much.
+    #[error(transparent)]
+    Message(#[from] LongMessage),
     /// A transfer failed.
     #[error("a tensor did not arrive: {0}")]
     Failed(FailReason),
@@ -65,6 +85,8 @@ pub enum TransferError {
     Peer {
         /// Its name.
         peer: String,
+        /// What kind of failure it was to it.
+        kind: FailureKind,
         /// Its words.
         reason: String,
     },
@@ -94,6 +116,9 @@ pub enum TransferError {
     /// Whoever asked for it no longer waits.
     #[error("it was given up")]
     GivenUp,
+    /// Whoever asked for it has cancelled it.
+    #[error("it was cancelled")]
+    Cancelled,
     /// Nothing new is begun any more.
     #[error("the agent is stopping: try again once it is back")]
     Stopping,
@@ -128,6 +153,22 @@ struct ProgressInner {
     done: AtomicU64,
     total: AtomicU64,
     given_up: AtomicBool,
+    /// How much was given up and is not over yet.
+    landing: AtomicUsize,
+    landed: Notify,
+    /// In use until the last transfer is over.
+    _held: Vec<Using>,
+}
+
+/// Transfers that were given up and are not over yet.
+#[derive(Debug)]
+pub struct Landing(Progress);
+
+impl Drop for Landing {
+    fn drop(&mut self) {
+        self.0.0.landing.fetch_sub(1, Ordering::AcqRel);
+        self.0.0.landed.notify_waiters();
+    }
 }
 
 impl From<StageError> for TransferError {
@@ -150,6 +191,32 @@ impl Progress {
             self.0.done.load(Ordering::Relaxed),
             self.0.total.load(Ordering::Relaxed),
         )
+    }
+
+    /// Progress that holds these until the last transfer is over.
+    fn holding(held: Vec<Using>) -> Self {
+        Self(Arc::new(ProgressInner {
+            _held: held,
+            ..ProgressInner::default()
+        }))
+    }
+
+    /// Makes [`Progress::landed`] wait for as long as this is held.
+    pub fn landing(&self) -> Landing {
+        self.0.landing.fetch_add(1, Ordering::AcqRel);
+        Landing(self.clone())
+    }
+
+    /// Waits until no transfer that was given up touches its bytes any more.
+    pub async fn landed(&self) {
+        loop {
+            let mut landed = std::pin::pin!(self.0.landed.notified());
+            landed.as_mut().enable();
+            if self.0.landing.load(Ordering::Acquire) == 0 {
+                return;
+            }
+            landed.await;
+        }
     }
 
     /// Makes blocking work that reports here end early once this is dropped.
@@ -263,6 +330,7 @@ async fn receive(
     if expected.is_some_and(|expected| expected != bytes) {
         return Err(TransferError::Peer {
             peer: session.peer.clone(),
+            kind: FailureKind::Peer,
             reason: format!("it has {bytes} bytes of {}", expected.unwrap_or(0)),
         });
     }
@@ -314,14 +382,53 @@ pub async fn list(
 
 /// Removes from a peer's store; returns how many tensors that were.
 pub async fn remove(session: &Arc<Session>, name: &str) -> Result<u64, TransferError> {
-    let mut call = session
-        .call(Request::Remove {
-            name: name.to_owned(),
-        })
-        .await?;
+    let name = name.to_owned();
+    let outcome = ask(session, Request::Remove { name }).await?;
+    Ok(outcome.tensors)
+}
+
+/// Makes a window in a peer's store.
+pub async fn make_window(
+    session: &Arc<Session>,
+    name: String,
+    bytes: u64,
+    memory: MemoryKind,
+) -> Result<(), TransferError> {
+    let request = Request::Window {
+        name,
+        bytes,
+        memory,
+    };
+    ask(session, request).await.map(drop)
+}
+
+/// Makes tensors of a window in a peer's store.
+pub async fn seal(
+    session: &Arc<Session>,
+    name: String,
+    tensors: Vec<(TensorInfo, u64)>,
+) -> Result<(), TransferError> {
+    ask(session, Request::Seal { name, tensors })
+        .await
+        .map(drop)
+}
+
+/// Notifies those who listen on a peer; returns how many these are.
+pub async fn notify(
+    session: &Arc<Session>,
+    name: String,
+    message: Vec<u8>,
+) -> Result<u64, TransferError> {
+    let outcome = ask(session, Request::Notify { name, message }).await?;
+    Ok(outcome.listeners)
+}
+
+/// A request that moves nothing.
+async fn ask(session: &Arc<Session>, request: Request) -> Result<Outcome, TransferError> {
+    let mut call = session.call(request).await?;
     let outcome = done(&mut call).await?;
     call.finish();
-    Ok(outcome.tensors)
+    Ok(outcome)
 }
 
 /// Waits for the end of a request.
@@ -341,16 +448,20 @@ async fn recv_or_fail(call: &mut Call) -> Result<Message, TransferError> {
     let received = timeout(limit, call.recv()).await;
     match received.map_err(|_| stalled(call.session(), limit))?? {
         Message::Done {
-            result: Err(reason),
+            result: Err(failure),
             ..
-        } => {
-            call.finish();
-            Err(TransferError::Peer {
-                peer: call.session().peer.clone(),
-                reason,
-            })
-        }
+        } => Err(refused(call, failure)),
         message => Ok(message),
+    }
+}
+
+/// The peer's own end of the request.
+fn refused(call: &mut Call, failure: Failure) -> TransferError {
+    call.finish();
+    TransferError::Peer {
+        peer: call.session().peer.clone(),
+        kind: failure.kind,
+        reason: failure.message,
     }
 }
 
@@ -461,6 +572,7 @@ fn moved(
         sent_copies: sent.copies,
         received_copies: received.copies,
         digest: format!("crc32c:{:08x}", received.digest),
+        listeners: sent.listeners + received.listeners,
     }
 }
 
@@ -525,6 +637,7 @@ mod tests {
                 bytes: 1,
                 owner: Owner::User(0),
                 memory: "host".into(),
+                window: false,
             };
             let tensors = vec![listed];
             session.route(id, Message::Listed { id, tensors }).unwrap();

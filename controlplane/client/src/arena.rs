@@ -229,6 +229,11 @@ impl Tensor {
         &self.place.hold
     }
 
+    /// The arena that it lies in, and its first byte there.
+    pub(crate) fn position(&self) -> (ArenaId, u64) {
+        (self.place.hold.id, self.place.offset)
+    }
+
     pub(crate) fn placed(&self) -> Placed {
         Placed {
             info: self.info.clone(),

@@ -3,25 +3,60 @@
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
-use std::sync::mpsc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 
 use tokio::sync::oneshot;
 
 use crate::arena::{Arena, Fetched, Tensor};
-use crate::client::{Client, ClientError};
+use crate::batch::Batch;
+use crate::client::{Client, ClientError, Writer};
 use crate::protocol::{Listed, Memory, Moved};
 use crate::remote::{Part, RemoteTensor, Selection};
 use crate::tensor::Metadata;
+use crate::window::Window;
 
 /// A connection to the agent whose requests are awaited.
 ///
 /// A thread of its own speaks to the agent, one request after the other.
-/// Dropping a future does not stop its request; dropping this does, and frees
-/// everything. For several requests at a time, make several.
+/// Dropping a future cancels its request, at both ends; dropping this cancels
+/// all, and frees everything. For several requests at a time, make several.
 #[derive(Debug)]
 pub struct AsyncClient {
     requests: mpsc::Sender<Request>,
     stream: UnixStream,
+    writer: Writer,
+    running: Arc<Mutex<Running>>,
+}
+
+/// Which call the thread is at.
+#[derive(Debug, Default)]
+struct Running {
+    call: Option<u64>,
+    next: u64,
+}
+
+/// A call that is awaited; cancelled when nobody does any more.
+#[derive(Debug)]
+struct Call<'a, T> {
+    client: &'a AsyncClient,
+    number: u64,
+    answer: oneshot::Receiver<T>,
+}
+
+impl<T> Drop for Call<'_, T> {
+    fn drop(&mut self) {
+        // Not begun: the thread sees that nobody waits. It does not go on to
+        // another call while this is looked at.
+        self.answer.close();
+        let running = lock(&self.client.running);
+        if running.call == Some(self.number) {
+            self.client.writer.stop_call();
+        }
+    }
+}
+
+fn lock(running: &Mutex<Running>) -> MutexGuard<'_, Running> {
+    running.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 type Request = Box<dyn FnOnce(&mut Client) + Send>;
@@ -39,7 +74,8 @@ impl AsyncClient {
             };
             let stream = client.stream().try_clone();
             let stream = stream.map_err(|source| ClientError::Connect { path, source });
-            if connected.send(stream).is_ok() {
+            let parts = stream.map(|stream| (stream, client.canceller().0));
+            if connected.send(parts).is_ok() {
                 incoming
                     .into_iter()
                     .for_each(|request| request(&mut client));
@@ -52,8 +88,13 @@ impl AsyncClient {
                 path: PathBuf::new(),
                 source,
             })?;
-        let stream = answer.await.map_err(|_| ClientError::Lost(None))??;
-        Ok(Self { requests, stream })
+        let (stream, writer) = answer.await.map_err(|_| ClientError::Lost(None))??;
+        Ok(Self {
+            requests,
+            stream,
+            writer,
+            running: Arc::default(),
+        })
     }
 
     /// Runs any request on the connection's thread.
@@ -62,13 +103,38 @@ impl AsyncClient {
         request: impl FnOnce(&mut Client) -> Result<T, ClientError> + Send + 'static,
     ) -> Result<T, ClientError> {
         let (done, answer) = oneshot::channel();
+        let number = {
+            let mut running = lock(&self.running);
+            running.next += 1;
+            running.next
+        };
+        let (running, writer) = (Arc::clone(&self.running), self.writer.clone());
         let request: Request = Box::new(move |client| {
+            {
+                let mut running = lock(&running);
+                if done.is_closed() {
+                    return;
+                }
+                running.call = Some(number);
+                writer.begin_call();
+            }
+            let result = request(client);
+            {
+                let mut running = lock(&running);
+                running.call = None;
+                writer.begin_call();
+            }
             // Nobody waits any more if the future was dropped.
-            let _ = done.send(request(client));
+            let _ = done.send(result);
         });
         let lost = |_| ClientError::Lost(None);
         self.requests.send(request).map_err(|_| lost(()))?;
-        answer.await.map_err(|_| lost(()))?
+        let mut call = Call {
+            client: self,
+            number,
+            answer,
+        };
+        (&mut call.answer).await.map_err(|_| lost(()))?
     }
 
     /// [`Client::arena`].
@@ -118,6 +184,25 @@ impl AsyncClient {
         let tensor = tensor.clone();
         self.call(move |client| client.fetch(&tensor, part, memory))
             .await
+    }
+
+    /// [`Client::create_window`].
+    pub async fn create_window(
+        &self,
+        node: Option<&str>,
+        name: &str,
+        bytes: u64,
+        memory: Memory,
+    ) -> Result<Window, ClientError> {
+        let (node, name) = (node.map(str::to_owned), name.to_owned());
+        self.call(move |client| client.create_window(node.as_deref(), &name, bytes, memory))
+            .await
+    }
+
+    /// [`Client::run`].
+    pub async fn run(&self, batch: &Batch) -> Result<Moved, ClientError> {
+        let batch = batch.clone();
+        self.call(move |client| client.run(&batch)).await
     }
 
     /// [`Client::list`].

@@ -1,21 +1,22 @@
 //! A connection to this host's agent, for blocking code.
 //!
-//! One request at a time. Tensor bytes go through arenas, never through the
+//! One request at a time, and batches of ranges beside it. Tensor bytes go through arenas, never through the
 //! socket. The invariant: *after a failure that leaves it unclear what the
 //! agent will say next, nothing more is said*: every later request is refused
 //! as [`ClientError::Lost`], and whether to connect again is the caller's choice.
 
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use genie_dataplane::memory::accelerator::{AcceleratorError, MemoryKind};
 use genie_dataplane::memory::{Region, RegionError};
 
 use crate::arena::{Arena, Fetched, Hold, Imported, Tensor, Unneeded};
+use crate::batch::{BatchError, Batches};
 use crate::descriptor;
 use crate::frame::{self, FrameError};
 use crate::protocol::{
@@ -72,6 +73,9 @@ pub enum ClientError {
     /// A tensor that lies in an arena of another connection.
     #[error("tensor {0:?} lies in an arena of another connection: put it through that one")]
     OtherConnection(String),
+    /// A batch that cannot be.
+    #[error(transparent)]
+    Batch(#[from] BatchError),
     /// The agent says why.
     #[error("{message}")]
     Failed {
@@ -82,13 +86,91 @@ pub enum ClientError {
     },
 }
 
-/// A connection to the local agent. One request at a time.
+/// A connection to the local agent. One request at a time, and batches beside it.
 #[derive(Debug)]
 pub struct Client {
     stream: UnixStream,
-    connection: u64,
+    writer: Writer,
+    pub(crate) connection: u64,
     unneeded: Unneeded,
+    pub(crate) batches: Batches,
     lost: bool,
+}
+
+/// Cancels requests of a connection, from whichever thread. Clones are the same.
+#[derive(Clone, Debug)]
+pub struct Canceller(pub(crate) Writer);
+
+/// The writing end of a connection, and how many requests went through it.
+#[derive(Clone, Debug)]
+pub(crate) struct Writer(Arc<Mutex<Written>>);
+
+#[derive(Debug)]
+struct Written {
+    stream: UnixStream,
+    requests: u64,
+    /// The first request of several that are stopped together.
+    first: u64,
+    /// Whether these are not wanted any more.
+    stopped: bool,
+}
+
+impl Canceller {
+    /// Asks the agent to end the request that is under way, if one is: it then
+    /// fails as [`FailureKind::Cancelled`], at both ends. The connection goes on.
+    pub fn cancel(&self) {
+        let mut written = self.0.lock();
+        if let Some(request) = written.requests.checked_sub(1) {
+            // An agent that is gone has ended it already.
+            let _ = frame::write_blocking(&mut written.stream, &Ask::Cancel { request });
+        }
+    }
+}
+
+impl Writer {
+    fn lock(&self) -> MutexGuard<'_, Written> {
+        // A panic within a frame ends in an error of the agent's.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn cancel(&self, request: u64) {
+        let mut written = self.lock();
+        let _ = frame::write_blocking(&mut written.stream, &Ask::Cancel { request });
+    }
+
+    /// From here on requests belong together.
+    pub(crate) fn begin_call(&self) {
+        let mut written = self.lock();
+        written.first = written.requests;
+        written.stopped = false;
+    }
+
+    /// Cancels the requests that belong together, those still to be written too.
+    pub(crate) fn stop_call(&self) {
+        let mut written = self.lock();
+        written.stopped = true;
+        for request in written.first..written.requests {
+            let _ = frame::write_blocking(&mut written.stream, &Ask::Cancel { request });
+        }
+    }
+
+    /// Writes a part of a request, or a request and its descriptor.
+    fn write(&self, ask: &Ask, descriptor: Option<BorrowedFd<'_>>) -> Result<u64, FrameError> {
+        let mut written = self.lock();
+        let number = written.requests;
+        if !matches!(ask, Ask::Tensors(_)) {
+            written.requests += 1;
+        }
+        frame::write_blocking(&mut written.stream, ask)?;
+        if let Some(descriptor) = descriptor {
+            descriptor::pass(&written.stream, descriptor).map_err(FrameError::Io)?;
+        }
+        if written.stopped && written.requests > number {
+            let request = number;
+            frame::write_blocking(&mut written.stream, &Ask::Cancel { request })?;
+        }
+        Ok(number)
+    }
 }
 
 impl Client {
@@ -108,8 +190,20 @@ impl Client {
         })?;
         frame::exchange_preamble_blocking(&mut stream)
             .map_err(|error| turned_away(&mut stream, error))?;
+        let writing = stream.try_clone().map_err(|source| ClientError::Connect {
+            path: path.to_owned(),
+            source,
+        })?;
+        let writer = Writer(Arc::new(Mutex::new(Written {
+            stream: writing,
+            requests: 0,
+            first: 0,
+            stopped: false,
+        })));
         Ok(Self {
             stream,
+            writer,
+            batches: Batches::default(),
             connection: CONNECTIONS.fetch_add(1, Ordering::Relaxed),
             unneeded: Unneeded::default(),
             lost: false,
@@ -157,8 +251,7 @@ impl Client {
     /// It must have the seals SHRINK, GROW, SEAL and WRITE or FUTURE_WRITE;
     /// the agent names those that are missing.
     pub fn import(&mut self, memory: impl AsFd) -> Result<Imported, ClientError> {
-        self.ask(&Ask::Import)?;
-        self.pass_descriptor(memory)?;
+        self.ask_with(&Ask::Import, Some(memory.as_fd()))?;
         self.recv_imported(|_, _| {})
     }
 
@@ -177,8 +270,7 @@ impl Client {
             bytes,
             memory,
         };
-        self.ask(&read)?;
-        self.pass_descriptor(file)?;
+        self.ask_with(&read, Some(file.as_fd()))?;
         self.recv_imported(|_, _| {})
     }
 
@@ -231,7 +323,7 @@ impl Client {
         })?;
         for tensors in tensors.chunks(TENSORS_PER_MESSAGE) {
             let placed = tensors.iter().map(Tensor::placed).collect();
-            self.say(&Ask::Tensors(placed))?;
+            self.say(&Ask::Tensors(placed), None)?;
         }
         match self.recv_after(progress)? {
             Answer::Moved(moved) => Ok(moved),
@@ -313,7 +405,8 @@ impl Client {
         node: Option<&str>,
         prefix: &str,
     ) -> Result<Vec<RemoteTensor>, ClientError> {
-        let listed = self.list_under(node, Some(prefix))?;
+        let mut listed = self.list_under(node, Some(prefix))?;
+        listed.retain(|listed| !listed.window);
         let handle = |listed: Listed| {
             let dtype = parse_dtype(&listed.dtype).ok_or(ClientError::Unexpected)?;
             Ok(RemoteTensor {
@@ -360,7 +453,7 @@ impl Client {
         self.list_under(node, None)
     }
 
-    fn list_under(
+    pub(crate) fn list_under(
         &mut self,
         node: Option<&str>,
         under: Option<&str>,
@@ -408,40 +501,74 @@ impl Client {
         &self.stream
     }
 
+    /// What cancels this connection's requests from another thread.
+    pub fn canceller(&self) -> Canceller {
+        Canceller(self.writer.clone())
+    }
+
     /// Begins a request, after giving back what is not needed any more.
-    fn ask(&mut self, ask: &Ask) -> Result<(), ClientError> {
+    pub(crate) fn ask(&mut self, ask: &Ask) -> Result<u64, ClientError> {
+        self.ask_with(ask, None)
+    }
+
+    fn ask_with(
+        &mut self,
+        ask: &Ask,
+        descriptor: Option<BorrowedFd<'_>>,
+    ) -> Result<u64, ClientError> {
         let unneeded = {
             let mut unneeded = self.unneeded.lock().unwrap_or_else(PoisonError::into_inner);
             std::mem::take(&mut *unneeded)
         };
         for arena in unneeded {
-            self.say(&Ask::Free { arena })?;
+            self.say(&Ask::Free { arena }, None)?;
             let Answer::Freed = self.recv()? else {
                 return Err(self.unexpected());
             };
         }
-        self.say(ask)
+        self.say(ask, descriptor)
     }
 
-    fn say(&mut self, ask: &Ask) -> Result<(), ClientError> {
+    fn say(&mut self, ask: &Ask, descriptor: Option<BorrowedFd<'_>>) -> Result<u64, ClientError> {
         if self.lost {
             return Err(ClientError::Lost(None));
         }
-        frame::write_blocking(&mut self.stream, ask).map_err(|error| {
+        self.writer.write(ask, descriptor).map_err(|error| {
             self.lost = true;
             turned_away(&mut self.stream, error)
         })
     }
 
-    fn recv(&mut self) -> Result<Answer, ClientError> {
+    /// The next answer that is not a batch's.
+    pub(crate) fn recv(&mut self) -> Result<Answer, ClientError> {
+        loop {
+            match self.recv_any()? {
+                Answer::Completed { request, result } => self.batches.end(request, result),
+                Answer::Failed { kind, message } => {
+                    return Err(ClientError::Failed { kind, message });
+                }
+                answer => return Ok(answer),
+            }
+        }
+    }
+
+    /// Waits until another batch has ended.
+    pub(crate) fn recv_batch(&mut self) -> Result<(), ClientError> {
+        match self.recv_any()? {
+            Answer::Completed { request, result } => {
+                self.batches.end(request, result);
+                Ok(())
+            }
+            _ => Err(self.unexpected()),
+        }
+    }
+
+    fn recv_any(&mut self) -> Result<Answer, ClientError> {
         if self.lost {
             return Err(ClientError::Lost(None));
         }
-        match frame::read_blocking(&mut self.stream, frame::BODY_MAX) {
-            Ok(Answer::Failed { kind, message }) => Err(ClientError::Failed { kind, message }),
-            Ok(answer) => Ok(answer),
-            Err(error) => Err(self.lost(error)),
-        }
+        let read = frame::read_blocking(&mut self.stream, frame::BODY_MAX);
+        read.map_err(|error| self.lost(error))
     }
 
     /// The next answer that is not about progress.
@@ -510,10 +637,6 @@ impl Client {
         }
     }
 
-    fn pass_descriptor(&mut self, fd: impl AsFd) -> Result<(), ClientError> {
-        descriptor::pass(&self.stream, fd.as_fd()).map_err(|error| self.lost(FrameError::Io(error)))
-    }
-
     fn hold(&self, id: ArenaId) -> Arc<Hold> {
         Arc::new(Hold {
             connection: self.connection,
@@ -527,7 +650,7 @@ impl Client {
         ClientError::Lost(Some(error))
     }
 
-    fn unexpected(&mut self) -> ClientError {
+    pub(crate) fn unexpected(&mut self) -> ClientError {
         self.lost = true;
         ClientError::Unexpected
     }

@@ -25,22 +25,28 @@
 
 mod arena;
 mod asynchronous;
+mod batch;
 mod client;
 pub mod descriptor;
 mod device;
 pub mod frame;
+mod notification;
 pub mod protocol;
 mod remote;
 pub mod slice;
 pub mod status;
 pub mod tensor;
+mod window;
 
 pub use arena::{Arena, Fetched, Imported, NotOfArena, Packed, Tensor};
 pub use asynchronous::AsyncClient;
-pub use client::{Client, ClientError};
+pub use batch::{Batch, BatchError, Posted, Remote};
+pub use client::{Canceller, Client, ClientError};
 pub use device::{DeviceArena, FetchedOnDevice};
-pub use protocol::{FailureKind, Listed, Memory, Moved, Owner};
+pub use notification::Listener;
+pub use protocol::{Failure, FailureKind, Listed, Memory, Moved, Notification, Owner};
 pub use remote::{Part, RemoteTensor, Selection};
 pub use slice::{Run, SliceError, Span};
 pub use status::AgentStatus;
 pub use tensor::{Dtype, Metadata, TensorError, TensorInfo};
+pub use window::Window;

@@ -14,11 +14,19 @@
 //!   get:          Get →                      ← Progress…   ← Found, Tensors…, Arrived + descriptor
 //!   a part:       Fetch →                    ← Progress…   ← Arrived + descriptor
 //!   Free → ← Freed   List → ← Listed…   Remove → ← Removed   Status → ← Status
+//!   Window, Register, Seal, Listen, Notify →   ← Done
+//!   Await →           ← Notified
+//!   ranges:       Batch →   (other requests, and their answers)   ← Completed
+//!   Cancel →          (no answer of its own)
 //! ```
 //!
-//! Any request may be answered by `Failed`; the connection then goes on. While
-//! tensors move the application sends nothing: whatever comes, also the end of
-//! the connection, gives the move up.
+//! Any request may be answered by `Failed`; the connection then goes on.
+//! Requests are answered one after the other, except batches: many of them can
+//! be under way, and each is answered when it ends, between two other answers.
+//! Requests are numbered as they are asked, from 0 on; lists and `Cancel` are
+//! not counted. `Cancel` names the request that it is about, and is of no
+//! effect if that has ended. While anything but batches is under way nothing
+//! else may be sent: whatever comes, also the end of the connection, gives it up.
 
 use std::fmt;
 use std::str::FromStr;
@@ -141,7 +149,129 @@ pub enum Ask {
     },
     /// Describe yourself.
     Status,
+    /// Make a window.
+    Window {
+        /// In whose store; none for this agent's own.
+        node: Option<String>,
+        /// Its full name.
+        name: String,
+        /// Its length.
+        bytes: u64,
+        /// In this kind of memory.
+        memory: Memory,
+    },
+    /// Let others use memory of mine as a window of this agent's.
+    Register {
+        /// Its full name.
+        name: String,
+        /// In which arena.
+        arena: ArenaId,
+        /// Its first byte there.
+        offset: u64,
+        /// Its length.
+        bytes: u64,
+    },
+    /// Make tensors of a window, which nobody can change from then on.
+    Seal {
+        /// In whose store; none for this agent's own.
+        node: Option<String>,
+        /// The window's full name: the prefix of the tensors.
+        name: String,
+        /// The tensors, and where each begins.
+        tensors: Vec<(TensorInfo, u64)>,
+    },
+    /// Read or write ranges, beside other requests.
+    Batch(Ranges),
+    /// Never mind this request.
+    Cancel {
+        /// Its number on this connection.
+        request: u64,
+    },
+    /// Collect notifications about names under this prefix, from now on.
+    Listen {
+        /// Of windows, tensors and whatever else is notified of.
+        prefix: String,
+    },
+    /// The next notification.
+    Await {
+        /// For how long to wait, in milliseconds.
+        limit_ms: u64,
+    },
+    /// Notify those who listen.
+    Notify {
+        /// On which node; none for this one.
+        node: Option<String>,
+        /// About which name.
+        name: String,
+        /// What to say.
+        message: Vec<u8>,
+    },
 }
+
+/// Whether bytes come or go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum Direction {
+    /// From windows and tensors into arenas.
+    Read,
+    /// From arenas into windows.
+    Write,
+}
+
+/// Ranges to be read or written in one request.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Ranges {
+    /// In whose store; none for this agent's own.
+    pub node: Option<String>,
+    /// Which way.
+    pub direction: Direction,
+    /// Names of windows, and of tensors if they are read.
+    pub targets: Vec<String>,
+    /// Which bytes of them, and where these are here.
+    pub ranges: Vec<Ranged>,
+    /// Told to those who listen once all bytes were written and verified.
+    pub note: Option<Note>,
+}
+
+/// Bytes of a window or tensor, and bytes of an arena, one after the other there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Ranged {
+    /// Which of the targets.
+    pub target: u32,
+    /// Which bytes of it.
+    pub run: Run,
+    /// In which arena.
+    pub arena: ArenaId,
+    /// Their first byte there.
+    pub offset: u64,
+}
+
+/// What is told about a write.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Note {
+    /// About which of the targets.
+    pub target: u32,
+    /// What to say.
+    pub message: Vec<u8>,
+}
+
+/// Something that those who listen are told.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Notification {
+    /// The name that it is about.
+    pub name: String,
+    /// What is said.
+    pub message: Vec<u8>,
+    /// Who says it.
+    pub from: Owner,
+    /// How many before it were lost because too many waited.
+    pub lost: u64,
+}
+
+/// Most bytes that a notification can say: a line or two, not a tensor.
+pub const MESSAGE_MAX: usize = 4096;
+
+/// Batches that may be under way on one connection.
+pub const BATCHES_MAX: usize = 64;
 
 /// A tensor in an arena.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -216,6 +346,20 @@ pub enum Answer {
     },
     /// The agent's picture.
     Status(Box<AgentStatus>),
+    /// It was done.
+    Done {
+        /// How many listeners were told, if that was asked for.
+        listeners: u64,
+    },
+    /// A batch has ended.
+    Completed {
+        /// Its number on this connection.
+        request: u64,
+        /// How.
+        result: Result<Moved, Failure>,
+    },
+    /// A notification, if one came in time.
+    Notified(Option<Notification>),
     /// It could not be done.
     Failed {
         /// What kind of failure, for programs.
@@ -223,6 +367,16 @@ pub enum Answer {
         /// What failed, why, and what to do, for people.
         message: String,
     },
+}
+
+/// Why something could not be done.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
+#[error("{message}")]
+pub struct Failure {
+    /// What kind of failure, for programs.
+    pub kind: FailureKind,
+    /// What failed, why, and what to do, for people.
+    pub message: String,
 }
 
 /// What kind of failure a request ended in.
@@ -248,6 +402,12 @@ pub enum FailureKind {
     Accelerator,
     /// The agent is stopping.
     Stopping,
+    /// It was cancelled.
+    Cancelled,
+    /// The window was removed or sealed meanwhile.
+    Removed,
+    /// A window is being written or read: try again.
+    Busy,
 }
 
 /// Who put a tensor.
@@ -275,6 +435,8 @@ pub struct Listed {
     pub owner: Owner,
     /// Where it lives: `host`, `hugepage`, `cuda:N` or `sim`.
     pub memory: String,
+    /// Whether it is a window, whose bytes can be written.
+    pub window: bool,
 }
 
 /// How a batch moved.
@@ -302,8 +464,11 @@ pub struct Moved {
     pub sent_copies: Copies,
     /// Of these, what was copied at the receiving end.
     pub received_copies: Copies,
-    /// CRC32C of all tensors' bytes in the order of their names.
+    /// CRC32C of all tensors' bytes in the order of their names, or of ranges
+    /// in their own.
     pub digest: String,
+    /// How many listeners were notified.
+    pub listeners: u64,
 }
 
 impl Listed {

@@ -12,6 +12,9 @@ use crate::tensor::TensorInfo;
 /// Most runs in one request: a message of a few hundred kilobytes.
 pub const RUNS_MAX: usize = 8192;
 
+/// Most pieces that the runs of one read or write may have: each is a transfer.
+pub const PIECES_MAX: u64 = 65536;
+
 /// Bytes at regular distances: `count` pieces of `len` bytes each, the first
 /// at `offset`, every next one `stride` bytes after the one before.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -70,6 +73,12 @@ pub enum SliceError {
         /// Length of the tensor.
         len: u64,
     },
+    /// More pieces than one request may have.
+    #[error("the ranges have more than {PIECES_MAX} pieces: use several batches")]
+    TooManyPieces,
+    /// Two ranges that name the same bytes to be written.
+    #[error("two ranges write the same bytes: which would stay is not defined")]
+    Overlap,
 }
 
 impl Run {
@@ -99,7 +108,8 @@ impl Run {
         (0..count).map(move |index| offset + index * stride)
     }
 
-    fn is_inside(&self, len: u64) -> bool {
+    /// Whether all pieces lie within `len` bytes, and none on another.
+    pub fn is_inside(&self, len: u64) -> bool {
         let Some(last) = self.count.checked_sub(1) else {
             return false;
         };
@@ -150,6 +160,32 @@ pub fn check_runs(runs: &[Run], len: u64) -> Result<u64, SliceError> {
             .ok_or(outside.clone())?;
     }
     Ok(total)
+}
+
+/// Checks how many runs and pieces a read or write has; returns its pieces.
+pub fn check_pieces<'a>(runs: impl ExactSizeIterator<Item = &'a Run>) -> Result<u64, SliceError> {
+    if runs.len() > RUNS_MAX {
+        return Err(SliceError::TooMany);
+    }
+    let pieces = runs.fold(0u64, |sum, run| sum.saturating_add(run.count));
+    if pieces > PIECES_MAX {
+        return Err(SliceError::TooManyPieces);
+    }
+    Ok(pieces)
+}
+
+/// Whether any two of these ranges, each a place and its first byte and length,
+/// have a byte in common.
+pub fn overlap<P: Ord + Copy>(ranges: impl Iterator<Item = (P, u64, u64)>) -> bool {
+    let mut sorted: Vec<_> = ranges.filter(|(_, _, len)| *len > 0).collect();
+    sorted.sort_unstable();
+    let is_over = |pair: &[(P, u64, u64)]| {
+        let [(place, offset, len), (next_place, next, _)] = pair else {
+            return false;
+        };
+        place == next_place && offset.saturating_add(*len) > *next
+    };
+    sorted.windows(2).any(is_over)
 }
 
 /// The bytes that `spans`, one a dimension, select of a tensor in row-major

@@ -11,9 +11,10 @@ use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
-use genie_client::protocol::{ArenaId, DESCRIPTOR_BYTE, Placed};
+use genie_client::protocol::{ArenaId, BATCHES_MAX, DESCRIPTOR_BYTE, Direction, Placed};
 use genie_client::{FailureKind, TensorInfo};
 use genie_dataplane::memory::RegionError;
+use genie_dataplane::stage::Place;
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
     SendAncillaryMessage, SendFlags,
@@ -25,7 +26,7 @@ use tokio::time::timeout;
 use super::{ApplicationError, PATIENCE};
 use crate::budget::{AllocateError, Allocation, Room};
 use crate::quota::{self, User};
-use crate::transfer::{Progress, Source, TransferError};
+use crate::transfer::{Progress, Source, TransferError, kind_of};
 
 /// Read at a time: often enough to notice that nobody waits any more.
 const CHUNK: usize = 8 << 20;
@@ -41,6 +42,9 @@ pub(super) struct Arenas {
 struct Arena {
     allocation: Allocation,
     sealed: bool,
+    /// Whether the program may have bytes brought into it: not into what was
+    /// promised to change no more.
+    writable: bool,
 }
 
 /// Why memory cannot be used.
@@ -52,6 +56,17 @@ pub(super) enum MemoryError {
     NotSealed(ArenaId),
     #[error("tensor {name:?} lies outside its arena")]
     Outside { name: String },
+    #[error("a range lies outside arena {}", .0.0)]
+    OutsideArena(ArenaId),
+    #[error("arena {} can only be read: it was passed by the program or fetched", .0.0)]
+    ReadOnly(ArenaId),
+    #[error(
+        "this connection has {BATCHES_MAX} batches under way, as many as it may have: \
+         wait for one, or use another connection"
+    )]
+    Batches,
+    #[error("this connection listens to nothing: say to which prefix first")]
+    NotListening,
     #[error("the arena cannot be sealed: {0}")]
     Seal(RegionError),
     #[error("no descriptor came with the request, or more than one: pass one with SCM_RIGHTS")]
@@ -76,16 +91,21 @@ pub(super) enum MemoryError {
 impl MemoryError {
     pub(super) fn kind(&self) -> FailureKind {
         match self {
-            Self::NoArena(_) | Self::NotSealed(_) | Self::Outside { .. } | Self::OnDevice => {
-                FailureKind::Invalid
-            }
+            Self::NoArena(_)
+            | Self::NotSealed(_)
+            | Self::Outside { .. }
+            | Self::OutsideArena(_)
+            | Self::ReadOnly(_)
+            | Self::NotListening
+            | Self::OnDevice => FailureKind::Invalid,
+            Self::Batches => FailureKind::Quota,
             Self::Seal(_)
             | Self::NoDescriptor
             | Self::NotMemory
             | Self::NotRegular(_)
             | Self::Short { .. }
             | Self::Read(_) => FailureKind::Descriptor,
-            Self::Transfer(error) => super::kind_of(error),
+            Self::Transfer(error) => kind_of(error),
         }
     }
 }
@@ -93,10 +113,24 @@ impl MemoryError {
 impl Arenas {
     /// Keeps memory under a new name.
     pub(super) fn add(&mut self, allocation: Allocation, sealed: bool) -> ArenaId {
+        self.insert(allocation, sealed, false)
+    }
+
+    /// Keeps memory that the program goes on using.
+    pub(super) fn add_writable(&mut self, allocation: Allocation, sealed: bool) -> ArenaId {
+        self.insert(allocation, sealed, true)
+    }
+
+    fn insert(&mut self, allocation: Allocation, sealed: bool, writable: bool) -> ArenaId {
         let id = ArenaId(self.next);
         // One after the other, four thousand million times; then old ones go.
         self.next = self.next.wrapping_add(1);
-        self.arenas.insert(id, Arena { allocation, sealed });
+        let arena = Arena {
+            allocation,
+            sealed,
+            writable,
+        };
+        self.arenas.insert(id, arena);
         id
     }
 
@@ -130,6 +164,25 @@ impl Arenas {
     /// Holds on the tensors of a list.
     pub(super) fn sources(&self, placed: Vec<Placed>) -> Result<Vec<Source>, MemoryError> {
         placed.into_iter().map(|one| self.source(one)).collect()
+    }
+
+    /// A hold on bytes that are read from, or written to.
+    pub(super) fn place(
+        &self,
+        id: ArenaId,
+        offset: u64,
+        len: u64,
+        direction: Direction,
+    ) -> Result<Place, MemoryError> {
+        let arena = self.arenas.get(&id).ok_or(MemoryError::NoArena(id))?;
+        if !arena.sealed {
+            return Err(MemoryError::NotSealed(id));
+        }
+        if direction == Direction::Read && !arena.writable {
+            return Err(MemoryError::ReadOnly(id));
+        }
+        let place = arena.allocation.try_lease(offset, len);
+        place.map_err(|_| MemoryError::OutsideArena(id))
     }
 
     fn source(&self, placed: Placed) -> Result<Source, MemoryError> {

@@ -80,7 +80,12 @@ pub(super) fn listed(listed: &[Listed]) -> String {
             Owner::User(uid) => format!("uid {uid}"),
             Owner::Peer(name) => format!("peer {name}"),
         };
-        let (dtype, bytes) = (&tensor.dtype, show_bytes(tensor.bytes));
+        let dtype = if tensor.window {
+            "window"
+        } else {
+            &tensor.dtype
+        };
+        let bytes = show_bytes(tensor.bytes);
         line(
             &mut text,
             &format!(
@@ -297,6 +302,7 @@ mod tests {
             bytes: 1,
             owner: Owner::Peer(hostile.into()),
             memory: "host".into(),
+            window: false,
         };
         let shown = listed(&[tensor]);
         assert_eq!(shown.matches('\n').count(), 1);

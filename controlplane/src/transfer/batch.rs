@@ -5,11 +5,12 @@ use std::time::Duration;
 
 use genie_dataplane::TransferId;
 use genie_dataplane::engine::{FailReason, Full, Receipt};
-use genie_dataplane::stage::{Moving, Place, StageError, ranges};
+use genie_dataplane::stage::{Place, StageError, ranges};
 use genie_proto::DigestBuilder;
-use tokio::time::sleep;
+use tokio::time::{sleep, timeout};
 
-use super::{Progress, TransferError, stalled};
+use super::pending::Pending;
+use super::{Progress, TransferError, refused, stalled};
 use crate::message::{Message, Outcome};
 use crate::session::{Call, Session, SessionError};
 use crate::tensor::TensorInfo;
@@ -26,6 +27,10 @@ const SLOWEST: u64 = 1_000_000;
 
 /// How fast a peer clears the memory that it receives into, at least.
 const CLEARED: u64 = 256_000_000;
+
+/// Within this a peer that gives up says why: it goes by another connection
+/// than the transfer's end.
+const EXPLAINED: Duration = Duration::from_secs(1);
 
 /// For how long a batch may make no progress: no grant, receipt or message.
 #[derive(Debug)]
@@ -181,7 +186,7 @@ pub(super) async fn send_all(
     let mut patience = Patience::new(call.session(), &leases);
     let mut waiting = VecDeque::from(leases);
     let mut granted: VecDeque<TransferId> = VecDeque::new();
-    let mut pending: VecDeque<Moving> = VecDeque::new();
+    let mut pending = Pending::new(progress);
     let mut early = None;
     let path = call.session().path.clone();
     while tally.receipts.len() < count {
@@ -210,7 +215,10 @@ pub(super) async fn send_all(
             }
             receipt = front(&mut pending), if !pending.is_empty() => {
                 pending.pop_front();
-                let receipt = receipt.map_err(|reason| failed(call.session(), reason))?;
+                let receipt = match receipt {
+                    Ok(receipt) => receipt,
+                    Err(error) => return Err(explained(call, error).await),
+                };
                 patience.end(receipt.bytes);
                 tally.add(receipt, progress);
             }
@@ -235,7 +243,7 @@ pub(super) async fn receive_all(
     let count = leases.len();
     let mut patience = Patience::new(call.session(), &leases);
     let mut waiting = VecDeque::from(leases);
-    let mut pending: VecDeque<Moving> = VecDeque::new();
+    let mut pending = Pending::new(progress);
     // More is granted once no more than this many are pending, so that the
     // grants of a long batch travel in few messages.
     let mut low_water = usize::MAX;
@@ -263,7 +271,10 @@ pub(super) async fn receive_all(
             }
             receipt = front(&mut pending), if !pending.is_empty() => {
                 pending.pop_front();
-                let receipt = receipt.map_err(|reason| failed(call.session(), reason))?;
+                let receipt = match receipt {
+                    Ok(receipt) => receipt,
+                    Err(error) => return Err(explained(call, error).await),
+                };
                 patience.end(receipt.bytes);
                 tally.add(receipt, progress);
             }
@@ -291,7 +302,7 @@ pub(super) async fn receive_all(
 async fn grant(
     call: &Call,
     waiting: &mut VecDeque<Place>,
-    pending: &mut VecDeque<Moving>,
+    pending: &mut Pending,
     patience: &mut Patience,
 ) -> Result<(), TransferError> {
     let path = &call.session().path;
@@ -324,7 +335,7 @@ async fn grant(
     Ok(())
 }
 
-async fn front(pending: &mut VecDeque<Moving>) -> Result<Receipt, StageError> {
+async fn front(pending: &mut Pending) -> Result<Receipt, StageError> {
     pending
         .front_mut()
         .expect("polled only if there is one")
@@ -340,16 +351,34 @@ fn ended(call: &mut Call, message: Message, expected: bool) -> Result<Outcome, T
             ..
         } if expected => Ok(outcome),
         Message::Done {
-            result: Err(reason),
+            result: Err(failure),
             ..
-        } => {
-            call.finish();
-            Err(TransferError::Peer {
-                peer: call.session().peer.clone(),
-                reason,
-            })
-        }
+        } => Err(refused(call, failure)),
         other => Err(call.unexpected(&other).into()),
+    }
+}
+
+/// What the failure of one transfer means to the batch: what the peer says, if
+/// it was the peer that gave up.
+async fn explained(call: &mut Call, error: StageError) -> TransferError {
+    let error = failed(call.session(), error);
+    if !matches!(error, TransferError::Failed(FailReason::CancelledByPeer)) {
+        return error;
+    }
+    let said = async {
+        loop {
+            if let Message::Done {
+                result: Err(failure),
+                ..
+            } = call.recv().await.ok()?
+            {
+                return Some(failure);
+            }
+        }
+    };
+    match timeout(EXPLAINED, said).await {
+        Ok(Some(failure)) => refused(call, failure),
+        _ => error,
     }
 }
 

@@ -114,7 +114,7 @@ pub fn part(
 }
 
 /// Copies all tensors, unless they are given up meanwhile.
-fn copy_all<'a>(
+pub(super) fn copy_all<'a>(
     infos: &[TensorInfo],
     from: impl Iterator<Item = &'a Place>,
     to: &[Place],
@@ -146,6 +146,7 @@ fn local_moved(infos: &[TensorInfo], digests: &[(u64, u32)], copied: u64, began:
             ..Copies::default()
         },
         digest: batch_digest(infos, digests),
+        listeners: 0,
     };
     let path = "local".to_owned();
     moved(Outcome::default(), outcome, path, Vec::new(), began)

@@ -7,7 +7,7 @@ use genie_client::slice::Run;
 use genie_dataplane::stage::Place;
 
 use super::batch::{receive_all, send_all, send_list};
-use super::{Progress, TransferError, allocate, lay_out, part, recv_list};
+use super::{Progress, TransferError, allocate, lay_out, part, ranges, recv_list, windows};
 use crate::budget::Room;
 use crate::message::{Message, Outcome, Request};
 use crate::metrics::Direction;
@@ -27,9 +27,13 @@ pub async fn serve(
 ) -> Result<Outcome, TransferError> {
     let _busy = node.begin().ok_or(TransferError::Stopping)?;
     let direction = match &request {
-        Request::Put { .. } => Some(Direction::Received),
-        Request::Get { .. } | Request::Fetch { .. } => Some(Direction::Sent),
-        Request::List { .. } | Request::Remove { .. } => None,
+        Request::Put { .. } | Request::Write { .. } => Some(Direction::Received),
+        Request::Get { .. } | Request::Fetch { .. } | Request::Read(_) => Some(Direction::Sent),
+        Request::List { .. }
+        | Request::Remove { .. }
+        | Request::Window { .. }
+        | Request::Seal { .. }
+        | Request::Notify { .. } => None,
     };
     let outcome = answer(node, call, request).await?;
     if let Some(direction) = direction {
@@ -71,6 +75,29 @@ async fn answer(
                 ..Outcome::default()
             })
         }
+        Request::Read(runs) => ranges::serve_read(node, call, &runs, &peer).await,
+        Request::Write { runs, note } => {
+            ranges::serve_write(node, call, &runs, note.as_ref(), &peer).await
+        }
+        Request::Window {
+            name,
+            bytes,
+            memory,
+        } => {
+            windows::make(node, &name, bytes, memory, &peer).await?;
+            Ok(Outcome::default())
+        }
+        Request::Seal { name, tensors } => {
+            let tensors = windows::seal(node, &name, &tensors, &peer).await?;
+            Ok(Outcome {
+                tensors,
+                ..Outcome::default()
+            })
+        }
+        Request::Notify { name, message } => Ok(Outcome {
+            listeners: windows::notify(node, &name, &message, &peer)?,
+            ..Outcome::default()
+        }),
         Request::Remove { name } => {
             let tensors = node.store.remove(&name, &peer)?;
             Ok(Outcome {

@@ -126,6 +126,26 @@ impl Place {
     }
 }
 
+impl Moving {
+    /// Asks for it to be given up; [`Moving::end`] waits until it was.
+    pub fn cancel(&self) {
+        match self {
+            Self::Direct(transfer) => transfer.cancel(),
+            // Given up when dropped.
+            Self::Staged(_) => {}
+        }
+    }
+
+    /// Waits until an engine has let go of its bytes, however it ended; what
+    /// goes through a slot never had it touch them.
+    pub async fn end(self) {
+        match self {
+            Self::Direct(transfer) => drop(transfer.await),
+            Self::Staged(staged) => drop(staged),
+        }
+    }
+}
+
 impl From<Lease> for Place {
     fn from(lease: Lease) -> Self {
         Self::Host(lease)
