@@ -416,8 +416,9 @@ fn show_chain(error: &dyn std::error::Error) -> String {
     text
 }
 
-/// Dispatches an engine's answers, and tells sessions that it has lost.
-fn attend(node: &Arc<Node>, attended: Attended) {
+/// Dispatches an engine's answers, and tells sessions that it has lost their
+/// paths. To be called on a runtime, once for each engine.
+pub fn attend(node: &Arc<Node>, attended: Attended) {
     let Attended {
         transport,
         completions,

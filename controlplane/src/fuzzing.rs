@@ -328,6 +328,7 @@ mod tests {
                 },
                 Message::Granted {
                     id: 1,
+                    path: 1,
                     transfers: vec![TransferId {
                         slot: 1,
                         generation: 2,

@@ -6,10 +6,12 @@
 //!   Try                           →      ← Trying (or TryRefused)
 //!        … both open the path …          ← Opened
 //!   Chosen (or the next Try, or NoPath) →
-//!   ── the session is up; Ping both ways ──
+//!   ── the session is up; Ping both ways; PathLost both ways, then ──
+//!   Try, Chosen, NoPath           →      ← Trying, TryRefused, Opened
 //!   Begin Put, Tensors…           →      ← Granted…            ← Done
 //!   Begin Get, Begin Fetch        →      ← Found, Tensors…
 //!   Granted…                      →                            ← Done
+//!   Resumed, after a change of path: whichever end sends Granted
 //!   Begin List                    →      ← Listed…             ← Done
 //!   Begin Remove                  →                            ← Done
 //!                                        (or Denied to any of these)
@@ -18,6 +20,7 @@
 //! ```
 
 use std::fmt;
+use std::ops::Range;
 
 use genie_client::Listed;
 use genie_client::protocol::{Failure, Note};
@@ -91,7 +94,16 @@ pub enum Message {
         /// Better paths, and why they were refused.
         refused: Vec<Refusal>,
     },
-    /// Dialler: there is none.
+    /// Either end: a path of the session that is up is of no use any more, and
+    /// is closed at this end. The dialler then tries others.
+    PathLost {
+        /// Which: 1 is the first one.
+        number: u32,
+        /// Why.
+        reason: String,
+    },
+    /// Dialler: there is none; in a session that is up, the one just opened
+    /// was only to see whether it opens.
     NoPath {
         /// Why.
         refused: Vec<Refusal>,
@@ -130,8 +142,21 @@ pub enum Message {
     Granted {
         /// Which request.
         id: u64,
+        /// Over which path of the session.
+        path: u32,
         /// In the order of the tensors.
         transfers: Vec<TransferId>,
+    },
+    /// The receiver of tensors goes on over another path.
+    Resumed {
+        /// Which request.
+        id: u64,
+        /// Over which path of the session.
+        path: u32,
+        /// What was granted before and is not received.
+        grants: Vec<Resume>,
+        /// Everything else that was granted before is received.
+        last: bool,
     },
     /// More of a listing.
     Listed {
@@ -242,6 +267,17 @@ pub struct Runs {
     pub runs: Vec<(u32, Run)>,
 }
 
+/// A tensor that goes on over another path.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Resume {
+    /// Which of the batch, from 0.
+    pub index: u64,
+    /// The id on the new path.
+    pub transfer: TransferId,
+    /// The bytes that are missing, ascending.
+    pub missing: Vec<Range<u64>>,
+}
+
 /// How a request ended at one end.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Outcome {
@@ -266,6 +302,7 @@ impl Message {
             Self::Tensors { tensors, .. } => tensors.iter().map(TensorInfo::held_bytes).sum(),
             Self::Listed { tensors, .. } => tensors.iter().map(Listed::held_bytes).sum(),
             Self::Granted { transfers, .. } => size_of_val(&transfers[..]),
+            Self::Resumed { grants, .. } => grants.iter().map(Resume::held_bytes).sum(),
             Self::Found { metadata, .. } => metadata_bytes(metadata.as_ref()),
             Self::Done {
                 result: Err(reason),
@@ -274,6 +311,12 @@ impl Message {
             Self::Denied { name, .. } => name.len(),
             _ => 0,
         }
+    }
+}
+
+impl Resume {
+    fn held_bytes(&self) -> usize {
+        size_of::<Self>() + size_of_val(&self.missing[..])
     }
 }
 

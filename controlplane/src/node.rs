@@ -1,14 +1,14 @@
 //! What all tasks of an agent share: who it is, what it has, whom it knows.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use genie_dataplane::SessionId;
 use genie_dataplane::endpoint::Lost;
+use genie_dataplane::engine::FailReason;
 use genie_dataplane::memory::accelerator::MemoryKind;
 
 use tokio::sync::Semaphore;
@@ -20,8 +20,11 @@ use crate::message::{Hello, Instance};
 use crate::metrics::Counters;
 use crate::notifications::Notifications;
 use crate::quota::{self, Quotas};
+use crate::session::route::{Change, Stage};
 use crate::session::{Direction, REQUESTS_MAX, Session, SessionError, establish};
-use crate::status::{AgentStatus, MetricsStatus, PeerStatus, SessionStatus, TransportStatus};
+use crate::status::{
+    AgentStatus, MetricsStatus, PathChange, PeerStatus, SessionStatus, TransportStatus,
+};
 use crate::store::Store;
 use crate::transport::{Local, Preference, Transport, Transports};
 
@@ -68,7 +71,7 @@ pub struct Node {
     pub batches: Arc<Semaphore>,
     /// When the agent started.
     pub started: Instant,
-    live: Mutex<HashMap<(Transport, SessionId), Arc<Session>>>,
+    live: Mutex<Vec<Arc<Session>>>,
     busy: AtomicUsize,
     stopping: AtomicBool,
 }
@@ -205,27 +208,37 @@ impl Node {
 
     /// Notes a session that is up.
     pub(crate) fn adopt(&self, session: &Arc<Session>) {
-        let key = (session.path.transport, session.path.session);
-        self.live().insert(key, Arc::clone(session));
+        self.live().push(Arc::clone(session));
     }
 
     /// Forgets a session that has ended.
-    pub(crate) fn forget(&self, session: &Session) {
-        self.live()
-            .remove(&(session.path.transport, session.path.session));
+    pub(crate) fn forget(&self, session: &Arc<Session>) {
+        self.live().retain(|live| !Arc::ptr_eq(live, session));
     }
 
-    /// Ends the session whose path an engine has lost.
+    /// Tells the session whose path an engine has lost.
     pub fn lose(&self, transport: Transport, lost: &Lost) {
-        let session = self.live().get(&(transport, lost.session)).cloned();
-        if let Some(session) = session {
-            session.end(format!("peer '{}': {}", session.peer, lost.reason));
+        let session = self.live().iter().find_map(|session| {
+            let path = session.path();
+            let found = (path.transport, path.session) == (transport, lost.session);
+            found.then(|| (Arc::clone(session), path.number))
+        });
+        // None: the path was given up already, or was only tried.
+        let Some((session, number)) = session else {
+            return;
+        };
+        match &lost.reason {
+            // Whoever breaks the protocol does not get another path.
+            FailReason::Protocol(_) => {
+                session.end(format!("peer '{}': {}", session.peer, lost.reason));
+            }
+            reason => session.lose_path(number, &reason.to_string()),
         }
     }
 
     /// Ends all sessions.
     pub fn end_sessions(&self, reason: &str) {
-        let sessions: Vec<_> = self.live().values().cloned().collect();
+        let sessions: Vec<_> = self.live().clone();
         for session in sessions {
             session.end(reason);
         }
@@ -234,7 +247,7 @@ impl Node {
     /// Ends the sessions whose peers would not be admitted any more.
     pub fn end_unwanted_sessions(&self) {
         let current = self.identity.current();
-        let sessions: Vec<_> = self.live().values().cloned().collect();
+        let sessions: Vec<_> = self.live().iter().cloned().collect();
         for session in sessions {
             let (name, peer) = (&self.name, &session.peer);
             if session.direction == Direction::Accepted && !current.access.admits(peer) {
@@ -254,7 +267,7 @@ impl Node {
     pub(crate) fn sessions_of(&self, peer: &str) -> usize {
         let live = self.live();
         let accepted = live
-            .values()
+            .iter()
             .filter(|session| session.direction == Direction::Accepted && session.peer == peer);
         accepted.count()
     }
@@ -291,7 +304,7 @@ impl Node {
             name: name.clone(),
             address: peer.address.clone(),
         };
-        let mut sessions: Vec<_> = self.live().values().map(|s| session_status(s)).collect();
+        let mut sessions: Vec<_> = self.live().iter().map(|s| session_status(s)).collect();
         sessions.sort_by(|a, b| (&a.peer, a.session).cmp(&(&b.peer, b.session)));
         AgentStatus {
             name: self.name.clone(),
@@ -331,7 +344,7 @@ impl Node {
         self.transports.offers().into_iter().map(one).collect()
     }
 
-    fn live(&self) -> MutexGuard<'_, HashMap<(Transport, SessionId), Arc<Session>>> {
+    fn live(&self) -> MutexGuard<'_, Vec<Arc<Session>>> {
         // Nothing here panics while it holds the lock half-changed.
         self.live.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -344,6 +357,20 @@ impl Drop for Busy<'_> {
 }
 
 fn session_status(session: &Session) -> SessionStatus {
+    let Stage {
+        path,
+        refused,
+        lost,
+    } = session.route.stage();
+    let (path_changes, changes) = session.route.changes();
+    let change = |change: Change| PathChange {
+        number: change.number,
+        from: change.from,
+        to: change.to,
+        reason: change.reason.to_string(),
+        seconds_ago: change.at.elapsed().as_secs_f64(),
+        gap_ms: change.gap.as_secs_f64() * 1e3,
+    };
     SessionStatus {
         peer: session.peer.clone(),
         instance: session.instance.to_string(),
@@ -352,16 +379,14 @@ fn session_status(session: &Session) -> SessionStatus {
             Direction::Accepted => "accepted",
         }
         .to_owned(),
-        path: session.path.name.clone(),
-        reasons: session.refused.iter().map(ToString::to_string).collect(),
+        path: path.name,
+        lost: lost.map(|(reason, _)| reason.to_string()),
+        path_changes,
+        changes: changes.into_iter().map(change).collect(),
+        reasons: refused.iter().map(ToString::to_string).collect(),
         up_seconds: session.since.elapsed().as_secs_f64(),
-        opened_in_us: session
-            .path
-            .round_trip
-            .as_micros()
-            .try_into()
-            .unwrap_or(u64::MAX),
-        session: session.path.session.0,
+        opened_in_us: path.round_trip.as_micros().try_into().unwrap_or(u64::MAX),
+        session: path.session.0,
         requests: session.requests() as u64,
     }
 }

@@ -1,15 +1,19 @@
 //! One connection to a peer's agent, and the path it was given.
 //!
-//! [`establish`] dials or accepts and negotiates; from then on three tasks
-//! serve a session: a reader, a writer (which also sends heartbeats), and one
-//! for each request. The invariant: *a session ends once, with one reason, and
+//! [`establish`] dials or accepts and negotiates; from then on these tasks
+//! serve a session: a reader, a writer (which also sends heartbeats), a steward
+//! that keeps a path under it, and one for each request. The invariant: *a session ends once, with one reason, and
 //! at that moment everything that waits for it is told*: calls, requests, and
 //! through the engine every transfer.
 //!
 //! Requests go from the dialler to the acceptor; an agent that wants something
 //! of a peer that dialled it dials a session of its own.
 
+pub mod comeback;
 pub mod establish;
+mod path;
+pub mod route;
+mod steward;
 #[cfg(test)]
 pub(crate) mod testing;
 
@@ -19,8 +23,6 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use genie_client::protocol::Failure;
-use genie_dataplane::SessionId;
-use genie_dataplane::endpoint::Endpoint;
 use tokio::io::AsyncWriteExt;
 use tokio::sync::{mpsc, watch};
 use tokio::task::AbortHandle;
@@ -35,7 +37,12 @@ use crate::node::Node;
 use crate::rights::Right;
 use crate::tensor::LIST_MAX;
 use crate::transfer;
-use crate::transport::{Preference, Transport};
+use crate::transport::Preference;
+
+use path::Draft;
+pub use path::{Path, Peer};
+use route::Route;
+use steward::Steward;
 
 /// Messages that may wait to be written; more make their senders wait.
 const OUTBOX: usize = 64;
@@ -49,6 +56,9 @@ const INBOX_BYTES: usize = LIST_MAX + frame::BODY_MAX;
 
 /// Requests a peer may have under way in one session.
 pub const REQUESTS_MAX: usize = 1024;
+
+/// Within this the end of a connection is read, once writing to it failed.
+const LAST_WORDS: Duration = Duration::from_millis(200);
 
 /// Heartbeats in the time after which a silent peer is given up.
 const HEARTBEATS: u32 = 4;
@@ -160,21 +170,6 @@ pub enum Direction {
     Accepted,
 }
 
-/// The path of a session.
-#[derive(Clone, Debug)]
-pub struct Path {
-    /// Which transport.
-    pub transport: Transport,
-    /// How it is called.
-    pub name: String,
-    /// The engine that moves its tensors.
-    pub endpoint: Endpoint,
-    /// The engine's name for the session.
-    pub session: SessionId,
-    /// Round trip when it was opened.
-    pub round_trip: Duration,
-}
-
 /// A session with a peer. Any task may use it.
 #[derive(Debug)]
 pub struct Session {
@@ -184,10 +179,8 @@ pub struct Session {
     pub instance: Instance,
     /// Who dialled.
     pub direction: Direction,
-    /// The path it takes.
-    pub path: Path,
-    /// Better paths and why they were refused.
-    pub refused: Vec<Refusal>,
+    /// The paths it takes.
+    pub route: Route,
     /// The certificates it has shown, if it had to.
     pub chain: Option<Chain>,
     /// Since when it is up.
@@ -197,6 +190,8 @@ pub struct Session {
     /// The longest transfer that both ends take, where that is limited.
     pub range_bytes: Option<u64>,
     outbox: mpsc::Sender<Message>,
+    /// Messages of a negotiation, for the steward.
+    negotiation: mpsc::Sender<Message>,
     calls: Mutex<HashMap<u64, Entry>>,
     next_call: AtomicU64,
     end: watch::Sender<Option<Arc<str>>>,
@@ -205,8 +200,8 @@ pub struct Session {
 /// What was agreed before a session is up.
 #[derive(Debug)]
 pub struct Agreed {
-    /// The peer's name.
-    pub peer: String,
+    /// The peer, and how paths to it are opened.
+    pub peer: Peer,
     /// The peer's run.
     pub instance: Instance,
     /// Who dialled.
@@ -256,22 +251,25 @@ impl Session {
             range_bytes,
         } = agreed;
         let (outbox, outgoing) = mpsc::channel(OUTBOX);
+        let (negotiation, negotiating) = mpsc::channel(steward::INBOX);
         let session = Arc::new(Self {
-            peer,
+            peer: peer.name.clone(),
             instance,
             direction,
-            path,
-            refused,
+            route: Route::new(path, refused),
             chain,
             since: Instant::now(),
             stall: node.stall,
             range_bytes,
             outbox,
+            negotiation,
             calls: Mutex::default(),
             next_call: AtomicU64::new(1),
             end: watch::Sender::new(None),
         });
         node.adopt(&session);
+        let steward = Steward::new(Arc::clone(node), Arc::clone(&session), peer, negotiating);
+        tokio::spawn(steward.run());
         tokio::spawn(write_loop(Arc::clone(&session), writer, outgoing, liveness));
         tokio::spawn(read_loop(
             Arc::clone(node),
@@ -308,13 +306,59 @@ impl Session {
         if !first {
             return;
         }
-        tracing::info!(peer = %self.peer, path = %self.path.name, %reason, "session ended");
-        self.path.endpoint.close(self.path.session);
+        // A change that comes now looks for the end once it is made.
+        let path = self.path();
+        tracing::info!(peer = %self.peer, path = %path.name, %reason, "session ended");
+        path.endpoint.close(path.session);
         for (_, entry) in self.lock().drain() {
             if let Some(task) = entry.task {
                 task.abort();
             }
         }
+    }
+
+    /// The path that carries it, or the last one that did.
+    pub fn path(&self) -> Path {
+        self.route.stage().path
+    }
+
+    /// Gives a path up that is of no use any more: another one is opened, or
+    /// the session ends. Only the first reason counts.
+    pub fn lose_path(&self, number: u32, reason: &str) {
+        if self.route.lose(number, reason) {
+            let path = self.path();
+            tracing::warn!(peer = %self.peer, path = %path.name, number, reason, "path lost");
+        }
+    }
+
+    /// The peer says that a path is lost.
+    fn hear_lost(&self, number: u32, reason: &str) {
+        self.lose_path(number, &format!("peer '{}' says: {reason}", self.peer));
+    }
+
+    /// Takes a path that both ends have agreed on.
+    fn change_path(&self, draft: Draft, refused: Vec<Refusal>, why: &str) {
+        let path = draft.keep(self.path().number + 1);
+        let (endpoint, id) = (path.endpoint.clone(), path.session);
+        let change = self.route.change(path, refused, why);
+        let route::Change {
+            number,
+            from,
+            to,
+            reason,
+            gap,
+            ..
+        } = change;
+        tracing::warn!(peer = %self.peer, number, from, to, %reason, ?gap, "path changed");
+        if self.ended().is_some() {
+            endpoint.close(id);
+        }
+    }
+
+    /// Sends a message; fails once the session has ended.
+    async fn say(&self, message: Message) -> Result<(), SessionError> {
+        let sent = self.outbox.send(message).await;
+        sent.map_err(|_| self.error())
     }
 
     /// Begins a request.
@@ -355,7 +399,7 @@ impl Session {
 
     /// How the path is called.
     pub fn path_name(&self) -> String {
-        self.path.name.clone()
+        self.path().name
     }
 
     /// Requests under way, either way.
@@ -467,18 +511,33 @@ impl Session {
             Message::Tensors { id, .. }
             | Message::Found { id, .. }
             | Message::Granted { id, .. }
+            | Message::Resumed { id, .. }
             | Message::Listed { id, .. }
             | Message::Done { id, .. }
             | Message::Denied { id, .. } => self.route(id, message),
-            Message::Hello(_)
-            | Message::Try { .. }
-            | Message::Trying { .. }
-            | Message::TryRefused { .. }
-            | Message::Opened { .. }
-            | Message::Chosen { .. }
-            | Message::NoPath { .. } => {
-                Err("it negotiates in a session that is already up".to_owned())
+            Message::Try { .. } | Message::Chosen { .. } | Message::NoPath { .. } => {
+                self.negotiate(Direction::Accepted, message)
             }
+            Message::Trying { .. } | Message::TryRefused { .. } | Message::Opened { .. } => {
+                self.negotiate(Direction::Dialled, message)
+            }
+            Message::PathLost { .. } => self.negotiate(self.direction, message),
+            Message::Hello(_) => Err("it introduces itself again".to_owned()),
+        }
+    }
+
+    /// Hands a message, which the end that `receives` it may get, to the steward.
+    fn negotiate(&self, receives: Direction, message: Message) -> Result<(), String> {
+        if receives != self.direction {
+            return Err("it negotiates as if it were the other end".to_owned());
+        }
+        match self.negotiation.try_send(message) {
+            // Closed: the session is ending.
+            Ok(()) | Err(mpsc::error::TrySendError::Closed(_)) => Ok(()),
+            Err(mpsc::error::TrySendError::Full(_)) => Err(format!(
+                "it sent more than {} messages of a negotiation ahead",
+                steward::INBOX
+            )),
         }
     }
 }
@@ -496,11 +555,7 @@ impl Call {
 
     /// Sends a message; fails once the session has ended.
     pub async fn send(&self, message: Message) -> Result<(), SessionError> {
-        self.session
-            .outbox
-            .send(message)
-            .await
-            .map_err(|_| self.session.error())
+        self.session.say(message).await
     }
 
     /// The next message of this request.
@@ -608,7 +663,12 @@ async fn write_loop(
         let peer = &session.peer;
         match timeout(liveness, frame::write(&mut writer, &message)).await {
             Ok(Ok(())) => {}
-            Ok(Err(error)) => session.end(format!("peer '{peer}': {error}")),
+            Ok(Err(error)) => {
+                // A peer that closed the connection said why before: let the
+                // reader come to it.
+                let _ = timeout(LAST_WORDS, session.until_ended()).await;
+                session.end(format!("peer '{peer}': {error}"));
+            }
             Err(_) => session.end(format!("peer '{peer}' took nothing for {liveness:?}")),
         }
     }

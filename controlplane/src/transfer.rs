@@ -36,6 +36,7 @@ pub use serve::serve;
 use crate::budget::{AllocateError, Allocation, Budget, Charge, Room};
 use crate::message::{Message, Outcome, Request};
 use crate::notifications::LongMessage;
+use crate::session::route::Stage;
 use crate::session::{Call, Session, SessionError};
 use crate::store::{CommitError, NotFound, Removed, SealError, Using};
 use crate::tensor::{ListLimit, Metadata, TENSORS_MAX, TensorError, TensorInfo, check_batch};
@@ -270,12 +271,9 @@ pub async fn put(
     let mut call = session.call(request).await?;
     send_list(&call, &infos).await?;
     let leases = sources.into_iter().map(|source| source.lease).collect();
-    let (tally, early) = send_all(&mut call, leases, progress).await?;
-    let theirs = match early {
-        Some(outcome) => outcome,
-        None => done(&mut call).await?,
-    };
+    let (tally, done) = send_all(&mut call, leases, progress, true).await?;
     call.finish();
+    let theirs = done.unwrap_or_default();
     finish(session, tally.outcome(&infos), theirs, Way::Out, began)
 }
 
@@ -337,12 +335,9 @@ async fn receive(
     progress.begin(bytes);
     let allocation = allocate(room, bytes).await?;
     let leases = lay_out(&allocation, &infos)?;
-    let (tally, early) = receive_all(&mut call, leases, progress).await?;
-    let theirs = match early {
-        Some(outcome) => outcome,
-        None => done(&mut call).await?,
-    };
+    let (tally, done) = receive_all(&mut call, leases, progress, true).await?;
     call.finish();
+    let theirs = done.unwrap_or_default();
     let moved = finish(session, tally.outcome(&infos), theirs, Way::In, began)?;
     Ok((
         Arrived {
@@ -534,18 +529,13 @@ fn finish(
             ours: ours.digest,
         });
     }
-    let reasons = session.refused.iter().map(ToString::to_string).collect();
+    let Stage { path, refused, .. } = session.route.stage();
+    let reasons = refused.iter().map(ToString::to_string).collect();
     let (sent, received) = match way {
         Way::In => (theirs, ours),
         Way::Out => (ours, theirs),
     };
-    Ok(moved(
-        sent,
-        received,
-        session.path.name.clone(),
-        reasons,
-        began,
-    ))
+    Ok(moved(sent, received, path.name, reasons, began))
 }
 
 /// Sums up what the two ends say.

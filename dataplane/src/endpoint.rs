@@ -256,6 +256,20 @@ impl Endpoint {
         }
     }
 
+    /// [`Endpoint::resume_send`], refused where it would wait.
+    pub fn try_resume_send(
+        &self,
+        session: SessionId,
+        transfer: TransferId,
+        from: Lease,
+        partial: Box<Partial<Outgoing>>,
+    ) -> Result<Result<Transfer, FailReason>, Full<Lease>> {
+        match Arc::clone(&self.shared.permits).try_acquire_owned() {
+            Ok(permit) => Ok(self.start_send(session, transfer, from, Some(partial), permit)),
+            Err(_) => Err(Full(from)),
+        }
+    }
+
     /// Closes a session; what is under way in it fails.
     pub fn close(&self, session: SessionId) {
         lock(&self.shared.sessions).remove(&session);

@@ -28,6 +28,7 @@ mod thread;
 
 use std::collections::VecDeque;
 use std::future::Future;
+use std::ops::Range;
 use std::pin::Pin;
 use std::sync::mpsc;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -236,15 +237,25 @@ impl Stage {
         let slot = self.outgoing.acquire().await;
         self.submit(|answer| {
             let host = slot.lease(from.len());
-            Flight::send(
-                slot,
-                host,
-                from,
-                endpoint.clone(),
-                session,
-                transfer,
-                answer,
-            )
+            let endpoint = endpoint.clone();
+            Flight::send(slot, host, from, endpoint, session, transfer, answer)
+        })
+    }
+
+    /// [`Stage::send`] of what the receiver still lacks of it.
+    pub async fn resume_send(
+        &self,
+        endpoint: &Endpoint,
+        session: SessionId,
+        transfer: TransferId,
+        from: DeviceLease,
+        missing: Vec<Range<u64>>,
+    ) -> Staged {
+        let slot = self.outgoing.acquire().await;
+        self.submit(|answer| {
+            let host = slot.lease(from.len());
+            let endpoint = endpoint.clone();
+            Flight::send(slot, host, from, endpoint, session, transfer, answer).resuming(missing)
         })
     }
 

@@ -139,6 +139,24 @@ pub struct PeerStatus {
     pub address: String,
 }
 
+/// A change of a session's path.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct PathChange {
+    /// The new path's number in the session; the first path has 1.
+    pub number: u32,
+    /// The path before.
+    pub from: String,
+    /// The path since.
+    pub to: String,
+    /// Why.
+    pub reason: String,
+    /// When.
+    pub seconds_ago: f64,
+    /// For how many milliseconds no path carried the session, from when the
+    /// loss was noticed at this end.
+    pub gap_ms: f64,
+}
+
 /// A picture of one session.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct SessionStatus {
@@ -150,6 +168,12 @@ pub struct SessionStatus {
     pub direction: String,
     /// The path it takes.
     pub path: String,
+    /// Why that one is lost, while another is being opened.
+    pub lost: Option<String>,
+    /// How often the path changed.
+    pub path_changes: u64,
+    /// The last of these changes, the latest one last.
+    pub changes: Vec<PathChange>,
     /// Why better paths were refused.
     pub reasons: Vec<String>,
     /// Seconds since it is up.

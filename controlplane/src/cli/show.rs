@@ -260,6 +260,18 @@ fn session(text: &mut String, session: &SessionStatus) {
     for reason in &session.reasons {
         line(text, &format!("    not {reason}"));
     }
+    if let Some(reason) = &session.lost {
+        line(text, &format!("    path lost, opening another: {reason}"));
+    }
+    for change in &session.changes {
+        line(
+            text,
+            &format!(
+                "    {:.0} s ago from {} to {}, {:.0} ms without a path: {}",
+                change.seconds_ago, change.from, change.to, change.gap_ms, change.reason
+            ),
+        );
+    }
 }
 
 /// One line, whatever a peer put into it.

@@ -37,6 +37,31 @@ pub enum ControlStream {
     Tls(Box<TlsStream<TcpStream>>),
 }
 
+/// What both ends of a TLS connection, and nobody else, make tokens from: for
+/// the path that a session begins with and for those that replace it.
+#[derive(Clone)]
+pub struct PathKeys([u8; 32]);
+
+impl PathKeys {
+    /// The token of a path between these two sessions: HMAC-SHA256, its first half.
+    pub fn token(&self, dialler: SessionId, acceptor: SessionId) -> Token {
+        let key = ring::hmac::Key::new(ring::hmac::HMAC_SHA256, &self.0);
+        let mut sessions = [0; 8];
+        sessions[..4].copy_from_slice(&dialler.0.to_be_bytes());
+        sessions[4..].copy_from_slice(&acceptor.0.to_be_bytes());
+        let tag = ring::hmac::sign(&key, &sessions);
+        let mut token = [0; 16];
+        token.copy_from_slice(&tag.as_ref()[..16]);
+        Token(token)
+    }
+}
+
+impl std::fmt::Debug for PathKeys {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("PathKeys(…)")
+    }
+}
+
 /// Its half that reads.
 pub type Reader = Box<dyn AsyncRead + Send + Unpin>;
 
@@ -133,27 +158,23 @@ impl ControlStream {
         }
     }
 
-    /// The token of a path between these two sessions, which only the two ends
-    /// of this connection can know; none on a plain connection.
-    pub fn token(&self, dialler: SessionId, acceptor: SessionId) -> Option<Token> {
+    /// What tokens of paths are made from; none on a plain connection.
+    pub fn path_keys(&self) -> Option<PathKeys> {
         let Self::Tls(stream) = self else {
             return None;
         };
-        let mut context = [0; 8];
-        context[..4].copy_from_slice(&dialler.0.to_be_bytes());
-        context[4..].copy_from_slice(&acceptor.0.to_be_bytes());
         let exported = match stream.as_ref() {
             TlsStream::Client(stream) => {
                 let connection = stream.get_ref().1;
-                connection.export_keying_material([0; 16], TOKEN_LABEL, Some(&context))
+                connection.export_keying_material([0; 32], TOKEN_LABEL, None)
             }
             TlsStream::Server(stream) => {
                 let connection = stream.get_ref().1;
-                connection.export_keying_material([0; 16], TOKEN_LABEL, Some(&context))
+                connection.export_keying_material([0; 32], TOKEN_LABEL, None)
             }
         };
-        Some(Token(exported.expect(
-            "the handshake is done, and sixteen bytes can be exported",
+        Some(PathKeys(exported.expect(
+            "the handshake is done, and thirty-two bytes can be exported",
         )))
     }
 

@@ -1,28 +1,25 @@
 //! From a connection to a session: introductions, then paths until one opens.
 
-use std::future::{Future, poll_fn};
 use std::net::SocketAddr;
-use std::pin::pin;
 use std::sync::Arc;
-use std::task::Poll;
 use std::time::Duration;
 
-use genie_dataplane::SessionId;
-use genie_dataplane::engine::Remote;
-use genie_dataplane::tcp::Token;
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 
-use super::{Agreed, Direction, Path, Session, SessionError, kind, show_refusals};
+use super::path::{Draft, Line, Opener};
+use super::{Agreed, Direction, Path, Peer, Session, SessionError, kind, show_refusals};
 use crate::devices::agreed_range;
 use crate::frame::{self, FrameError};
 use crate::identity::Current;
 use crate::identity::stream::{ControlStream, HandshakeError, late_refusal, linger};
 use crate::message::{Hello, Message};
-use crate::negotiation::{Refusal, Side, better_refused, plan};
-use crate::node::{Node, random};
+use crate::negotiation::{Refusal, better_refused};
+use crate::node::Node;
 use crate::tensor::check_name;
-use crate::transport::{Engine, Local, Offer, Transport};
+
+/// The number of the path that a session begins with.
+const FIRST: u32 = 1;
 
 /// Liveness limits within which a stranger must be a peer. Introductions take
 /// two at most and each transport that is tried six; the rest is to spare.
@@ -37,11 +34,6 @@ struct Talk<'a> {
     stream: ControlStream,
     peer: String,
     address: String,
-}
-
-/// A path that is open at this end but not agreed on; closed when dropped.
-struct Draft {
-    path: Option<Path>,
 }
 
 /// Dials a peer.
@@ -94,8 +86,9 @@ pub async fn dial(
             reason,
         });
     }
-    let (path, refused) = talk.open_some_path(&hello, control).await?;
-    Ok(talk.start(hello, Direction::Dialled, path, refused))
+    let peer = facts(&hello, Some(control), &talk.stream);
+    let (path, refused) = talk.open_some_path(&peer).await?;
+    Ok(talk.start(hello, peer, Direction::Dialled, path, refused))
 }
 
 /// Serves a connection that a peer dialled, until the session is up.
@@ -128,8 +121,9 @@ pub async fn accept(node: &Arc<Node>, stream: TcpStream) -> Result<Arc<Session>,
         let hello = talk.introduce().await?;
         talk.admit(&current, &hello.name).await?;
         talk.peer.clone_from(&hello.name);
-        let (path, refused) = talk.answer_paths(&hello).await?;
-        Ok((hello, path, refused))
+        let peer = facts(&hello, None, &talk.stream);
+        let (path, refused) = talk.answer_paths(&peer).await?;
+        Ok((hello, peer, path, refused))
     });
     let agreed = agreed.await;
     let Ok(agreed) = agreed else {
@@ -138,11 +132,32 @@ pub async fn accept(node: &Arc<Node>, stream: TcpStream) -> Result<Arc<Session>,
         talk.bye(&slow.to_string()).await;
         return Err(slow);
     };
-    let (hello, path, refused) = match agreed {
+    let (hello, peer, path, refused) = match agreed {
         Ok(agreed) => agreed,
         Err(error) => return Err(talk.refuse(error).await),
     };
-    Ok(talk.start(hello, Direction::Accepted, path, refused))
+    Ok(talk.start(hello, peer, Direction::Accepted, path, refused))
+}
+
+impl Line for Talk<'_> {
+    async fn send(&mut self, message: Message) -> Result<(), SessionError> {
+        Talk::send(self, &message).await
+    }
+
+    async fn recv(&mut self, limit: Duration) -> Result<Message, SessionError> {
+        Talk::recv(self, limit).await
+    }
+}
+
+/// What opening paths to a peer takes.
+fn facts(hello: &Hello, control: Option<SocketAddr>, stream: &ControlStream) -> Peer {
+    Peer {
+        name: hello.name.clone(),
+        preference: hello.preference.clone(),
+        offers: hello.offers.clone(),
+        control,
+        keys: stream.path_keys(),
+    }
 }
 
 impl Talk<'_> {
@@ -207,35 +222,21 @@ impl Talk<'_> {
     }
 
     /// The dialler's part: tries the candidates in order.
-    async fn open_some_path(
-        &mut self,
-        hello: &Hello,
-        control: SocketAddr,
-    ) -> Result<(Path, Vec<Refusal>), SessionError> {
+    async fn open_some_path(&mut self, peer: &Peer) -> Result<(Path, Vec<Refusal>), SessionError> {
         let node = self.node;
-        let ours = node.transports.offers();
-        let dialler = Side {
-            name: &node.name,
-            preference: &node.preference,
-            offers: &ours,
-        };
-        let acceptor = Side {
-            name: &hello.name,
-            preference: &hello.preference,
-            offers: &hello.offers,
-        };
-        let plan = plan(dialler, acceptor);
+        let opener = Opener { node, peer };
+        let plan = opener.plan();
         let mut refused = plan.refused;
         for transport in plan.candidates {
-            match self.try_path(transport, hello, control).await? {
-                Ok(path) => {
+            match opener.offer(self, transport).await? {
+                Ok(draft) => {
                     let refused =
-                        better_refused(transport, refused, &node.preference, &hello.preference);
-                    self.send(&Message::Chosen {
+                        better_refused(transport, refused, &node.preference, &peer.preference);
+                    let chosen = Message::Chosen {
                         refused: refused.clone(),
-                    })
-                    .await?;
-                    return Ok((path, refused));
+                    };
+                    self.send(&chosen).await?;
+                    return Ok((draft.keep(FIRST), refused));
                 }
                 Err(reason) => refused.push(Refusal { transport, reason }),
             }
@@ -251,61 +252,16 @@ impl Talk<'_> {
         })
     }
 
-    async fn try_path(
-        &mut self,
-        transport: Transport,
-        hello: &Hello,
-        control: SocketAddr,
-    ) -> Result<Result<Path, String>, SessionError> {
-        let (Some(engine), Some(local)) = (
-            self.node.transports.engine(transport),
-            find_local(&hello.offers, transport),
-        ) else {
-            return Ok(Err("it is not there".to_owned()));
-        };
-        if let Some(reason) = engine.local.refuses(local) {
-            return Ok(Err(reason));
-        }
-        let session = engine.endpoint.new_session(u32::from_ne_bytes(random()));
-        let mut draft = Draft::new(engine, session);
-        let sent = self.stream.chain().is_none().then(|| Token(random()));
-        self.send(&Message::Try {
-            transport,
-            session,
-            token: sent,
-        })
-        .await?;
-        let limit = self.open_limit() + self.node.liveness;
-        let theirs = match self.recv(limit).await? {
-            Message::Trying { session } => session,
-            Message::TryRefused { reason } => {
-                return Ok(Err(format!("node '{}': {reason}", hello.name)));
-            }
-            other => return Err(self.unexpected(&other)),
-        };
-        let token = self.stream.token(session, theirs).or(sent);
-        let token = token.expect("derived under TLS, made otherwise");
-        let remote = local.remote(&engine.local, theirs, token, Some(control));
-        let opened = self.open(engine, session, remote).await;
-        let answer = match self.recv(limit).await? {
-            Message::Opened { result } => result,
-            other => return Err(self.unexpected(&other)),
-        };
-        Ok(match (opened, answer) {
-            (Ok(round_trip), Ok(())) => Ok(draft.keep(round_trip)),
-            (Err(reason), _) => Err(format!("node '{}': {reason}", self.node.name)),
-            (Ok(_), Err(reason)) => Err(format!("node '{}': {reason}", hello.name)),
-        })
-    }
-
     /// The acceptor's part: opens what it is asked to until one is chosen.
-    async fn answer_paths(&mut self, hello: &Hello) -> Result<(Path, Vec<Refusal>), SessionError> {
-        let mut opened: Option<(Draft, Duration)> = None;
+    async fn answer_paths(&mut self, peer: &Peer) -> Result<(Path, Vec<Refusal>), SessionError> {
+        let opener = Opener {
+            node: self.node,
+            peer,
+        };
+        let limit = opener.open_limit() + 2 * self.node.liveness;
+        let mut opened: Option<Draft> = None;
         loop {
-            match self
-                .recv(self.open_limit() + 2 * self.node.liveness)
-                .await?
-            {
+            match self.recv(limit).await? {
                 Message::Try {
                     transport,
                     session,
@@ -313,10 +269,10 @@ impl Talk<'_> {
                 } => {
                     // Closes the one before, if any.
                     drop(opened.take());
-                    opened = self.answer_path(hello, transport, session, token).await?;
+                    opened = opener.answer(self, transport, session, token).await?;
                 }
                 Message::Chosen { refused } => match opened.take() {
-                    Some((mut draft, round_trip)) => return Ok((draft.keep(round_trip), refused)),
+                    Some(draft) => return Ok((draft.keep(FIRST), refused)),
                     None => return Err(self.unexpected(&Message::Chosen { refused })),
                 },
                 Message::NoPath { refused } => {
@@ -331,77 +287,17 @@ impl Talk<'_> {
         }
     }
 
-    async fn answer_path(
-        &mut self,
-        hello: &Hello,
-        transport: Transport,
-        theirs: SessionId,
-        sent: Option<Token>,
-    ) -> Result<Option<(Draft, Duration)>, SessionError> {
-        let allowed = self.node.preference.allows(transport);
-        let engine = self.node.transports.engine(transport).filter(|_| allowed);
-        let (Some(engine), Some(local)) = (engine, find_local(&hello.offers, transport)) else {
-            let reason = "it is not offered".to_owned();
-            self.send(&Message::TryRefused { reason }).await?;
-            return Ok(None);
-        };
-        let session = engine.endpoint.new_session(u32::from_ne_bytes(random()));
-        let draft = Draft::new(engine, session);
-        // Under TLS what was sent does not count.
-        let Some(token) = self.stream.token(theirs, session).or(sent) else {
-            let peer = self.peer.clone();
-            let what = "Try without a token".to_owned();
-            return Err(SessionError::Unexpected { peer, what });
-        };
-        let remote = local.remote(&engine.local, theirs, token, None);
-        let limit = self.open_limit();
-        let mut open = pin!(timeout(limit, engine.endpoint.open(session, remote)));
-        // The engine must expect the path before the dialler hears that it may open it.
-        let early = poll_fn(|context| Poll::Ready(open.as_mut().poll(context))).await;
-        self.send(&Message::Trying { session }).await?;
-        let opened = match early {
-            Poll::Ready(opened) => opened,
-            Poll::Pending => open.await,
-        };
-        let opened = match opened {
-            Ok(opened) => opened.map_err(|error| error.to_string()),
-            Err(_) => Err(format!("not open after {limit:?}")),
-        };
-        let result = opened.clone().map(|_| ());
-        self.send(&Message::Opened { result }).await?;
-        Ok(opened.ok().map(|round_trip| (draft, round_trip)))
-    }
-
-    async fn open(
-        &self,
-        engine: &Engine,
-        session: SessionId,
-        remote: Remote,
-    ) -> Result<Duration, String> {
-        let limit = self.open_limit();
-        match timeout(limit, engine.endpoint.open(session, remote)).await {
-            Ok(opened) => opened.map_err(|error| error.to_string()),
-            Err(_) => Err(format!("not open after {limit:?}")),
-        }
-    }
-
-    /// How long opening one path may take.
-    fn open_limit(&self) -> Duration {
-        // Longer than the liveness limit: an address must be resolved, and
-        // several connections must be made, by an engine that may be busy.
-        2 * self.node.liveness
-    }
-
     fn start(
         self,
         hello: Hello,
+        peer: Peer,
         direction: Direction,
         path: Path,
         refused: Vec<Refusal>,
     ) -> Arc<Session> {
         let theirs = Duration::from_millis(hello.liveness_ms);
         let agreed = Agreed {
-            peer: hello.name,
+            peer,
             instance: hello.instance,
             direction,
             path,
@@ -411,9 +307,9 @@ impl Talk<'_> {
             range_bytes: agreed_range(self.node.devices.range_bytes(), hello.range_bytes),
         };
         for refusal in &agreed.refused {
-            tracing::info!(peer = %agreed.peer, "a better path was refused: {refusal}");
+            tracing::info!(peer = %agreed.peer.name, "a better path was refused: {refusal}");
         }
-        tracing::info!(peer = %agreed.peer, path = %agreed.path.name, ?direction, "session up");
+        tracing::info!(peer = %agreed.peer.name, path = %agreed.path.name, ?direction, "session up");
         let (reader, writer) = self.stream.split();
         Session::start(self.node, agreed, reader, writer)
     }
@@ -498,32 +394,6 @@ impl Talk<'_> {
     }
 }
 
-impl Draft {
-    fn new(engine: &Engine, session: SessionId) -> Self {
-        let path = Path {
-            transport: engine.transport,
-            name: engine.path(),
-            endpoint: engine.endpoint.clone(),
-            session,
-            round_trip: Duration::ZERO,
-        };
-        Self { path: Some(path) }
-    }
-
-    fn keep(&mut self, round_trip: Duration) -> Path {
-        let path = self.path.take().expect("a draft is kept once");
-        Path { round_trip, ..path }
-    }
-}
-
-impl Drop for Draft {
-    fn drop(&mut self) {
-        if let Some(path) = self.path.take() {
-            path.endpoint.close(path.session);
-        }
-    }
-}
-
 fn failed_handshake(error: HandshakeError, peer: &str, address: &str) -> SessionError {
     let (peer, address) = (peer.to_owned(), address.to_owned());
     match error {
@@ -565,20 +435,14 @@ async fn turn_away(node: &Node, mut error: HandshakeError, address: &str) -> Ses
     failed_handshake(error, address, address)
 }
 
-fn find_local(offers: &[Offer], transport: Transport) -> Option<&Local> {
-    offers
-        .iter()
-        .find(|offer| offer.transport == transport)?
-        .local
-        .as_ref()
-        .ok()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::message::Instance;
     use crate::session::testing;
+    use crate::transport::Transport;
+    use genie_dataplane::SessionId;
+    use genie_dataplane::tcp::Token;
     use tokio::net::TcpListener;
 
     #[tokio::test]

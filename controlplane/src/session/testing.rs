@@ -2,6 +2,8 @@
 
 use genie_dataplane::tcp;
 
+use crate::transport::Transport;
+
 use super::*;
 
 /// How long a request may stall.
@@ -48,6 +50,7 @@ pub(crate) fn session(direction: Direction) -> (Arc<Session>, mpsc::Receiver<Mes
     let (outbox, outgoing) = mpsc::channel(OUTBOX);
     let endpoint = running.endpoint;
     let path = Path {
+        number: 1,
         transport: Transport::Tcp,
         name: "tcp".into(),
         session: endpoint.new_session(1),
@@ -58,13 +61,14 @@ pub(crate) fn session(direction: Direction) -> (Arc<Session>, mpsc::Receiver<Mes
         peer: "b".into(),
         instance: Instance([1; 16]),
         direction,
-        path,
-        refused: Vec::new(),
+        route: Route::new(path, Vec::new()),
         chain: None,
         since: Instant::now(),
         stall: STALL,
         range_bytes: None,
         outbox,
+        // Nobody keeps a path under it.
+        negotiation: mpsc::channel(1).0,
         calls: Mutex::default(),
         next_call: AtomicU64::new(1),
         end: watch::Sender::new(None),

@@ -1,22 +1,37 @@
 //! Many transfers at once over one session: grants, sends, and their receipts.
+//!
+//! When the session changes its path, what was under way is interrupted at both
+//! ends. The receiver then grants it again on the new path with the ranges that
+//! are missing (`Resumed`), and the sender goes on with those. Grants say for
+//! which path they are, so that ids of one are never used on another. What the
+//! receiver does not grant again it has; the two ends may disagree on that for
+//! the moment between the last byte and its confirmation:
+//!
+//! | sender | receiver | then |
+//! |---|---|---|
+//! | has the receipt | has every byte, unconfirmed | it asks for the last bytes again, to be confirmed; the end of the request confirms it too |
+//! | interrupted | has the receipt | the sender takes its own digest; those of the batch are compared at its end |
 
-use std::collections::VecDeque;
+mod receiving;
+mod sending;
+
 use std::time::Duration;
 
-use genie_dataplane::TransferId;
-use genie_dataplane::engine::{FailReason, Full, Receipt};
+use genie_dataplane::engine::{FailReason, Receipt};
 use genie_dataplane::stage::{Place, StageError, ranges};
 use genie_proto::DigestBuilder;
-use tokio::time::{sleep, timeout};
+use tokio::sync::watch;
+use tokio::time::timeout;
+
+pub(super) use receiving::receive_all;
+pub(super) use sending::send_all;
 
 use super::pending::Pending;
 use super::{Progress, TransferError, refused, stalled};
 use crate::message::{Message, Outcome};
-use crate::session::{Call, Session, SessionError};
+use crate::session::route::Stage;
+use crate::session::{Call, Path, Session, SessionError};
 use crate::tensor::TensorInfo;
-
-/// Transfer ids in one message: some tens of kilobytes.
-const GRANTS: usize = 512;
 
 /// Bytes of descriptions in one message, roughly: it should not hold up heartbeats.
 const LIST_BYTES: usize = 512 << 10;
@@ -78,11 +93,6 @@ pub(super) struct Tally {
 }
 
 impl Tally {
-    fn add(&mut self, receipt: Receipt, progress: &Progress) {
-        progress.add(receipt.bytes);
-        self.receipts.push(receipt);
-    }
-
     /// Sums up; `infos` are the tensors in the same order.
     pub(super) fn outcome(&self, infos: &[TensorInfo]) -> Outcome {
         let mut outcome = Outcome {
@@ -173,173 +183,10 @@ pub(super) async fn send_list(call: &Call, infos: &[TensorInfo]) -> Result<(), S
     Ok(())
 }
 
-/// Sends all `leases` as the peer grants them.
-///
-/// Returns early news of the request's end too, if the peer sent it meanwhile.
-pub(super) async fn send_all(
-    call: &mut Call,
-    leases: Vec<Place>,
-    progress: &Progress,
-) -> Result<(Tally, Option<Outcome>), TransferError> {
-    let (leases, mut tally) = cut(call.session(), leases);
-    let count = leases.len();
-    let mut patience = Patience::new(call.session(), &leases);
-    let mut waiting = VecDeque::from(leases);
-    let mut granted: VecDeque<TransferId> = VecDeque::new();
-    let mut pending = Pending::new(progress);
-    let mut early = None;
-    let path = call.session().path.clone();
-    while tally.receipts.len() < count {
-        tokio::select! {
-            biased;
-            message = call.recv() => match message? {
-                Message::Granted { transfers, .. }
-                    if !transfers.is_empty()
-                        && granted.len() + transfers.len() <= waiting.len() =>
-                {
-                    granted.extend(transfers);
-                }
-                other => {
-                    let expected = granted.len() == waiting.len() && early.is_none();
-                    early = Some(ended(call, other, expected)?);
-                }
-            },
-            begun = async {
-                let lease = waiting.front().expect("there are more tensors than grants").clone();
-                lease.send(&path.endpoint, path.session, granted[0]).await
-            }, if !granted.is_empty() => {
-                pending.push_back(begun.map_err(|reason| failed(call.session(), reason))?);
-                granted.pop_front();
-                let lease = waiting.pop_front().expect("it was just sent");
-                patience.begin(lease.len() as u64);
-            }
-            receipt = front(&mut pending), if !pending.is_empty() => {
-                pending.pop_front();
-                let receipt = match receipt {
-                    Ok(receipt) => receipt,
-                    Err(error) => return Err(explained(call, error).await),
-                };
-                patience.end(receipt.bytes);
-                tally.add(receipt, progress);
-            }
-            // With a grant and nothing moving it is our own engine that we wait for.
-            () = sleep(patience.limit()), if granted.is_empty() || !pending.is_empty() => {
-                return Err(patience.stalled(call.session()));
-            }
-        }
-    }
-    Ok((tally, early))
-}
-
-/// Receives into all `leases`, granting them as the endpoint takes them.
-///
-/// Returns early news of the request's end too, if the peer sent it meanwhile.
-pub(super) async fn receive_all(
-    call: &mut Call,
-    leases: Vec<Place>,
-    progress: &Progress,
-) -> Result<(Tally, Option<Outcome>), TransferError> {
-    let (leases, mut tally) = cut(call.session(), leases);
-    let count = leases.len();
-    let mut patience = Patience::new(call.session(), &leases);
-    let mut waiting = VecDeque::from(leases);
-    let mut pending = Pending::new(progress);
-    // More is granted once no more than this many are pending, so that the
-    // grants of a long batch travel in few messages.
-    let mut low_water = usize::MAX;
-    let mut early = None;
-    let path = call.session().path.clone();
-    while tally.receipts.len() < count {
-        if !waiting.is_empty() && pending.len() <= low_water {
-            let before = pending.len();
-            grant(call, &mut waiting, &mut pending, &mut patience).await?;
-            let all_taken = pending.len() - before == GRANTS;
-            low_water = if all_taken {
-                usize::MAX
-            } else {
-                pending.len() / 2
-            };
-            if all_taken {
-                continue;
-            }
-        }
-        tokio::select! {
-            biased;
-            message = call.recv() => {
-                let expected = waiting.is_empty() && early.is_none();
-                early = Some(ended(call, message?, expected)?);
-            }
-            receipt = front(&mut pending), if !pending.is_empty() => {
-                pending.pop_front();
-                let receipt = match receipt {
-                    Ok(receipt) => receipt,
-                    Err(error) => return Err(explained(call, error).await),
-                };
-                patience.end(receipt.bytes);
-                tally.add(receipt, progress);
-            }
-            // Others use the endpoint up: wait until it takes one of ours.
-            begun = async {
-                let lease = waiting.front().expect("a tensor is still to be received").clone();
-                lease.receive(&path.endpoint, path.session).await
-            }, if pending.is_empty() => {
-                let (id, transfer) = begun.map_err(|reason| failed(call.session(), reason))?;
-                let lease = waiting.pop_front().expect("it is now expected");
-                patience.begin(lease.len() as u64);
-                pending.push_back(transfer);
-                call.send(Message::Granted { id: call.id(), transfers: vec![id] }).await?;
-            }
-            // Without any of ours pending it is not the peer that we wait for.
-            () = sleep(patience.limit()), if !pending.is_empty() => {
-                return Err(patience.stalled(call.session()));
-            }
-        }
-    }
-    Ok((tally, early))
-}
-
-/// Grants up to [`GRANTS`] tensors, as many as the endpoint takes without waiting.
-async fn grant(
-    call: &Call,
-    waiting: &mut VecDeque<Place>,
-    pending: &mut Pending,
-    patience: &mut Patience,
-) -> Result<(), TransferError> {
-    let path = &call.session().path;
-    let mut transfers = Vec::new();
-    while transfers.len() < GRANTS {
-        let Some(lease) = waiting.pop_front() else {
-            break;
-        };
-        let len = lease.len() as u64;
-        match lease.try_receive(&path.endpoint, path.session) {
-            Ok(begun) => {
-                patience.begin(len);
-                let (id, transfer) = begun.map_err(|reason| failed(call.session(), reason))?;
-                transfers.push(id);
-                pending.push_back(transfer);
-            }
-            Err(Full(lease)) => {
-                waiting.push_front(lease);
-                break;
-            }
-        }
-    }
-    if !transfers.is_empty() {
-        call.send(Message::Granted {
-            id: call.id(),
-            transfers,
-        })
-        .await?;
-    }
-    Ok(())
-}
-
+/// The first of what is under way.
 async fn front(pending: &mut Pending) -> Result<Receipt, StageError> {
-    pending
-        .front_mut()
-        .expect("polled only if there is one")
-        .await
+    let (_, transfer) = pending.front_mut().expect("polled only if there is one");
+    transfer.await
 }
 
 /// The end of the request; anything else has no place while tensors move, nor
@@ -358,10 +205,9 @@ fn ended(call: &mut Call, message: Message, expected: bool) -> Result<Outcome, T
     }
 }
 
-/// What the failure of one transfer means to the batch: what the peer says, if
-/// it was the peer that gave up.
-async fn explained(call: &mut Call, error: StageError) -> TransferError {
-    let error = failed(call.session(), error);
+/// What an error means to the batch: what the peer says, if it was the peer
+/// that gave up.
+async fn explained(call: &mut Call, error: TransferError) -> TransferError {
     if !matches!(error, TransferError::Failed(FailReason::CancelledByPeer)) {
         return error;
     }
@@ -382,11 +228,12 @@ async fn explained(call: &mut Call, error: StageError) -> TransferError {
     }
 }
 
-/// What the failure of one transfer means to the batch, and to its session.
-fn failed(session: &Session, error: StageError) -> TransferError {
+/// What the failure of one transfer on path `number` means: an error is one of
+/// the batch, else the transfer was interrupted and goes on over another path.
+fn interrupted(session: &Session, number: u32, error: StageError) -> Result<(), TransferError> {
     let reason = match error {
         StageError::Wire(reason) => reason,
-        StageError::Accelerator(error) => return TransferError::Accelerator(error),
+        StageError::Accelerator(error) => return Err(TransferError::Accelerator(error)),
     };
     match reason {
         // The path is of no use any more, whether the engine has said so or
@@ -395,17 +242,71 @@ fn failed(session: &Session, error: StageError) -> TransferError {
         | FailReason::Closed
         | FailReason::Refused(_)
         | FailReason::Stopped => {
-            session.end(format!("peer '{}': {reason}", session.peer));
+            session.lose_path(number, &reason.to_string());
+            match session.ended() {
+                Some(ended) => Err(SessionError::Ended(ended).into()),
+                None => Ok(()),
+            }
         }
         FailReason::DigestMismatch
         | FailReason::Cancelled
         | FailReason::CancelledByPeer
-        | FailReason::Protocol(_) => {}
+        | FailReason::Protocol(_) => Err(match session.ended() {
+            // The session's end explains more than what it did to one transfer.
+            Some(ended) => SessionError::Ended(ended).into(),
+            None => TransferError::Failed(reason),
+        }),
     }
-    // The session's end explains more than what it did to one transfer.
-    match session.ended() {
-        Some(ended) => SessionError::Ended(ended).into(),
-        None => TransferError::Failed(reason),
+}
+
+/// The path that one end of a batch uses, which follows the session's.
+///
+/// ```text
+///  usable ──lost, or the session has another──▶ draining ──nothing is under way
+///    ▲                                                       any more, and there
+///    └────────────────── adopted ◀──────────────────────── is a new path──┘
+/// ```
+#[derive(Debug)]
+struct Track {
+    path: Path,
+    usable: bool,
+    stage: watch::Receiver<Stage>,
+}
+
+impl Track {
+    fn new(session: &Session) -> Self {
+        let stage = session.route.watch();
+        let path = stage.borrow().path.clone();
+        Self {
+            path,
+            usable: true,
+            stage,
+        }
+    }
+
+    /// Looks whether the path is still to be used.
+    fn check(&mut self) {
+        let stage = self.stage.borrow_and_update();
+        self.usable &= stage.path.number == self.path.number && stage.lost.is_none();
+    }
+
+    /// Takes the session's next path, if there is one; nothing may be under way.
+    fn adopt(&mut self) -> bool {
+        let stage = self.stage.borrow_and_update();
+        if stage.lost.is_some() || stage.path.number <= self.path.number {
+            return false;
+        }
+        self.path = stage.path.clone();
+        self.usable = true;
+        true
+    }
+
+    /// Waits for news of the session's path.
+    async fn changed(&mut self) {
+        if self.stage.changed().await.is_err() {
+            // The session is gone; whoever waits here is told by its inbox.
+            std::future::pending::<()>().await;
+        }
     }
 }
 
@@ -440,7 +341,7 @@ mod tests {
     async fn success_before_everything_was_granted_is_an_error() {
         let (mut call, leases, _outgoing) = begin().await;
         call.session().route(call.id(), done(&call)).unwrap();
-        let sent = send_all(&mut call, leases, &Progress::default()).await;
+        let sent = send_all(&mut call, leases, &Progress::default(), true).await;
         let error = sent.unwrap_err();
         assert!(
             matches!(
@@ -455,9 +356,14 @@ mod tests {
     async fn a_grant_of_nothing_is_no_progress() {
         let (mut call, leases, _outgoing) = begin().await;
         let (id, transfers) = (call.id(), Vec::new());
-        let granted = Message::Granted { id, transfers };
+        let path = call.session().path().number;
+        let granted = Message::Granted {
+            id,
+            path,
+            transfers,
+        };
         call.session().route(id, granted).unwrap();
-        let sent = send_all(&mut call, leases, &Progress::default()).await;
+        let sent = send_all(&mut call, leases, &Progress::default(), true).await;
         let error = sent.unwrap_err().to_string();
         assert!(error.contains("sent Granted"), "{error}");
     }
@@ -465,7 +371,7 @@ mod tests {
     #[tokio::test]
     async fn a_peer_that_grants_nothing_is_given_up() {
         let (mut call, leases, _outgoing) = begin().await;
-        let sent = send_all(&mut call, leases, &Progress::default()).await;
+        let sent = send_all(&mut call, leases, &Progress::default(), true).await;
         let error = sent.unwrap_err();
         assert!(
             matches!(error, TransferError::Stalled { limit, .. } if limit == testing::STALL),

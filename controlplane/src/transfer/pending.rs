@@ -7,11 +7,11 @@ use genie_dataplane::stage::Moving;
 
 use super::Progress;
 
-/// Transfers of a batch. Dropping it cancels them, and keeps what their
+/// Transfers of a batch, each with its tensor's place in that. Dropping it cancels them, and keeps what their
 /// [`Progress`] holds until the engine has let go of the last one.
 #[derive(Debug)]
 pub(super) struct Pending {
-    moving: VecDeque<Moving>,
+    moving: VecDeque<(usize, Moving)>,
     progress: Progress,
 }
 
@@ -25,7 +25,7 @@ impl Pending {
 }
 
 impl Deref for Pending {
-    type Target = VecDeque<Moving>;
+    type Target = VecDeque<(usize, Moving)>;
 
     fn deref(&self) -> &Self::Target {
         &self.moving
@@ -45,13 +45,13 @@ impl Drop for Pending {
         }
         let moving = std::mem::take(&mut self.moving);
         let landing = self.progress.landing();
-        moving.iter().for_each(Moving::cancel);
+        moving.iter().for_each(|(_, transfer)| transfer.cancel());
         // Without a runtime the agent is ending, and the engine with it.
         let Ok(runtime) = tokio::runtime::Handle::try_current() else {
             return;
         };
         runtime.spawn(async move {
-            for transfer in moving {
+            for (_, transfer) in moving {
                 transfer.end().await;
             }
             drop(landing);

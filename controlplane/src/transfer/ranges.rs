@@ -125,8 +125,8 @@ pub async fn with_peer(
     };
     let mut call = session.call(request).await?;
     let (tally, early) = match direction {
-        Direction::Read => receive_all(&mut call, places, progress).await?,
-        Direction::Write => send_all(&mut call, places, progress).await?,
+        Direction::Read => receive_all(&mut call, places, progress, true).await?,
+        Direction::Write => send_all(&mut call, places, progress, true).await?,
     };
     let theirs = match early {
         Some(outcome) => outcome,
@@ -172,7 +172,7 @@ pub(super) async fn serve_read(
     let infos = infos(&resolved.places);
     let progress = Progress::holding(resolved.using.clone());
     let tally = tokio::select! {
-        sent = send_all(call, resolved.places, &progress) => sent?.0,
+        sent = send_all(call, resolved.places, &progress, false) => sent?.0,
         removed = removed(&resolved.using) => return Err(removed.into()),
     };
     Ok(tally.outcome(&infos))
@@ -193,7 +193,7 @@ pub(super) async fn serve_write(
     // Whatever is still on its way when this is given up keeps the windows in use.
     let progress = Progress::holding(resolved.using.clone());
     let tally: Tally = tokio::select! {
-        received = receive_all(call, places, &progress) => received?.0,
+        received = receive_all(call, places, &progress, false) => received?.0,
         removed = removed(&resolved.using) => return Err(removed.into()),
     };
     let listeners = tell(node, runs, &resolved, note, peer)?;

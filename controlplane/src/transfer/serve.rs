@@ -124,7 +124,7 @@ async fn serve_put(
     charge.grow_to(description_bytes(prefix, &infos, metadata.as_ref(), peer))?;
     let allocation = allocate(room, bytes).await?;
     let leases = lay_out(&allocation, &infos)?;
-    let (tally, _) = receive_all(call, leases.clone(), &Progress::default()).await?;
+    let (tally, _) = receive_all(call, leases.clone(), &Progress::default(), false).await?;
     let outcome = tally.outcome(&infos);
     let tensors = infos.into_iter().zip(leases).collect();
     node.store.commit(prefix, tensors, metadata, peer, charge)?;
@@ -175,6 +175,6 @@ async fn send(
     })
     .await?;
     send_list(call, infos).await?;
-    let (tally, _) = send_all(call, leases, &Progress::default()).await?;
+    let (tally, _) = send_all(call, leases, &Progress::default(), false).await?;
     Ok(tally.outcome(infos))
 }

@@ -8,6 +8,7 @@
 //! A send begins in `ToCopy` too. Nobody waiting any more is told to the
 //! engine; the slot stays until engine and device have let it go.
 
+use std::ops::Range;
 use std::pin::Pin;
 use std::task::{Context, Poll};
 use std::time::Instant;
@@ -17,7 +18,7 @@ use tokio::sync::oneshot;
 
 use super::{Slot, StageError, Step, Trace};
 use crate::endpoint::{Endpoint, Transfer};
-use crate::engine::{FailReason, Full, Receipt};
+use crate::engine::{FailReason, Full, Partial, Receipt};
 use crate::memory::Lease;
 use crate::memory::accelerator::{AcceleratorError, CopyOp, DeviceLease, Way};
 
@@ -55,6 +56,8 @@ enum Then {
     Send {
         endpoint: Endpoint,
         session: SessionId,
+        /// What the receiver lacks, if another path was interrupted.
+        missing: Option<Vec<Range<u64>>>,
         answer: oneshot::Sender<Result<Receipt, StageError>>,
     },
     Receive {
@@ -87,12 +90,21 @@ impl Flight {
         let then = Then::Send {
             endpoint,
             session,
+            missing: None,
             answer,
         };
         Self {
             transfer: Some(transfer),
             ..Self::new(slot, host, device, Way::ToHost, State::ToCopy, then)
         }
+    }
+
+    /// Sends only what another path did not bring.
+    pub(super) fn resuming(mut self, ranges: Vec<Range<u64>>) -> Self {
+        if let Then::Send { missing, .. } = &mut self.then {
+            *missing = Some(ranges);
+        }
+        self
     }
 
     pub(super) fn receive(
@@ -242,13 +254,26 @@ impl Flight {
     /// Gives the slot to the engine; `false` if that has no room now.
     fn hand_over(&mut self) -> Result<bool, FailReason> {
         let Then::Send {
-            endpoint, session, ..
+            endpoint,
+            session,
+            missing,
+            ..
         } = &self.then
         else {
             unreachable!("only a send is ever ready for the wire");
         };
         let id = self.transfer.expect("a send has a transfer");
-        match endpoint.try_send(*session, id, self.host.clone()) {
+        let host = self.host.clone();
+        let begun = match missing {
+            None => endpoint.try_send(*session, id, host),
+            Some(missing) => {
+                let mut partial = Partial::rebuild(&host);
+                let prepared = partial.prepare(missing);
+                prepared.map_err(|error| FailReason::Protocol(error.to_string()))?;
+                endpoint.try_resume_send(*session, id, host, Box::new(partial))
+            }
+        };
+        match begun {
             Ok(begun) => {
                 self.state = State::Wire(begun?);
                 self.since = Instant::now();

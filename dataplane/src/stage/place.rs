@@ -10,7 +10,7 @@ use genie_proto::{SessionId, TransferId};
 
 use super::{Stage, StageError, Staged};
 use crate::endpoint::{Endpoint, Transfer};
-use crate::engine::{Full, Receipt};
+use crate::engine::{Full, Interrupted, Receipt};
 use crate::memory::accelerator::{DeviceLease, MemoryKind};
 use crate::memory::{Lease, OutOfBounds};
 
@@ -142,6 +142,15 @@ impl Moving {
         match self {
             Self::Direct(transfer) => drop(transfer.await),
             Self::Staged(staged) => drop(staged),
+        }
+    }
+
+    /// [`Transfer::take_interrupted`]; nothing of one that went through a slot,
+    /// which has to begin anew.
+    pub fn take_interrupted(&mut self) -> Option<Interrupted> {
+        match self {
+            Self::Direct(transfer) => transfer.take_interrupted(),
+            Self::Staged(_) => None,
         }
     }
 }

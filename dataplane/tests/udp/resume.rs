@@ -45,7 +45,7 @@ impl Ends {
                 liveness: PATIENCE,
                 open_limit: PATIENCE,
                 progress_limit: PATIENCE,
-                ..tcp::Config::default()
+                congestion: None,
             };
             let (running, address) = tcp::spawn(config).unwrap();
             running.completions.spawn().unwrap();
