@@ -7,6 +7,7 @@
 #![forbid(unsafe_code)]
 
 pub mod model;
+pub mod nodes;
 
 use std::io::{BufRead, BufReader, Read};
 use std::net::SocketAddr;

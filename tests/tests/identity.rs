@@ -418,7 +418,10 @@ impl Peer {
     }
 
     fn token(&self) -> Token {
-        self.stream.token(self.ours, self.theirs).unwrap()
+        self.stream
+            .path_keys()
+            .unwrap()
+            .token(self.ours, self.theirs)
     }
 
     fn data_hello(&self, token: Token) -> [u8; HELLO_LEN] {

@@ -1,0 +1,291 @@
+//! Two agents in this process, joined by loopback TCP and by a pair of devices
+//! in memory whose cable can be pulled.
+
+use std::collections::BTreeMap;
+use std::convert::Infallible;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
+
+use genie_controlplane::agent::attend;
+use genie_controlplane::node::{Node, Parts};
+use genie_controlplane::quota::Limits;
+use genie_controlplane::session::establish;
+use genie_controlplane::status::SessionStatus;
+use genie_controlplane::transport::{Local, Transport, Transports};
+use genie_dataplane::device::pair::{Options, PairDevice, pair};
+use genie_dataplane::device::{AttachError, Attachment, Capabilities, Counters, Device, TxFrame};
+use genie_dataplane::engine::udp;
+use genie_dataplane::ledger::Copies;
+use genie_dataplane::memory::{Lease, View};
+use genie_dataplane::tcp;
+use tokio::net::TcpListener;
+use tokio::runtime::Runtime;
+
+/// The cable between the two devices; both ends see it alike.
+#[derive(Debug, Default)]
+pub struct Cable {
+    cut: AtomicBool,
+    /// Frames that still pass before it is cut; 0: it is not going to be.
+    left: AtomicU64,
+    jammed: AtomicBool,
+    delivered: AtomicU64,
+}
+
+/// Two agents, and a runtime that serves them.
+#[derive(Debug)]
+pub struct Nodes {
+    /// Knows `b` as a peer.
+    pub a: Arc<Node>,
+    /// Is dialled.
+    pub b: Arc<Node>,
+    /// Between their devices.
+    pub cable: Arc<Cable>,
+    /// Runs both.
+    pub runtime: Runtime,
+}
+
+/// What may differ from one test to the next.
+#[derive(Clone, Debug)]
+pub struct Setup {
+    /// What `a` prefers.
+    pub preference: &'static str,
+    /// After how much silence a path or a peer is given up.
+    pub liveness: Duration,
+    /// For how long a request may make no progress.
+    pub stall: Duration,
+    /// Limit of each store.
+    pub store_bytes: u64,
+}
+
+impl Default for Setup {
+    fn default() -> Self {
+        Self {
+            preference: "dpdk,tcp",
+            liveness: Duration::from_secs(1),
+            stall: Duration::from_secs(30),
+            store_bytes: 2 << 30,
+        }
+    }
+}
+
+impl Cable {
+    /// Cuts it: frames are lost, both ways.
+    pub fn cut(&self) {
+        self.cut.store(true, Ordering::SeqCst);
+    }
+
+    /// Cuts it once this many more frames have been delivered.
+    pub fn cut_after(&self, frames: u64) {
+        self.left.store(frames, Ordering::SeqCst);
+    }
+
+    /// Makes the devices take nothing and give nothing back: what a driver does
+    /// whose device was removed.
+    pub fn jam(&self) {
+        self.jammed.store(true, Ordering::SeqCst);
+    }
+
+    /// Mends it.
+    pub fn mend(&self) {
+        self.left.store(0, Ordering::SeqCst);
+        self.cut.store(false, Ordering::SeqCst);
+        self.jammed.store(false, Ordering::SeqCst);
+    }
+
+    /// Whether it is cut.
+    pub fn is_cut(&self) -> bool {
+        self.cut.load(Ordering::SeqCst)
+    }
+
+    /// Frames that got through.
+    pub fn delivered(&self) -> u64 {
+        self.delivered.load(Ordering::SeqCst)
+    }
+
+    fn passes(&self) -> bool {
+        if self.is_cut() || self.jammed.load(Ordering::Relaxed) {
+            return false;
+        }
+        self.delivered.fetch_add(1, Ordering::Relaxed);
+        if self.left.load(Ordering::Relaxed) > 0 && self.left.fetch_sub(1, Ordering::Relaxed) == 1 {
+            self.cut();
+        }
+        true
+    }
+}
+
+impl Nodes {
+    /// Starts both agents.
+    ///
+    /// # Panics
+    /// If the kernel refuses a socket or a thread.
+    pub fn start(setup: &Setup) -> Self {
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(2)
+            .enable_all()
+            .build()
+            .expect("a runtime starts");
+        let cable = Arc::<Cable>::default();
+        let (one, other) = pair(&Options::default());
+        let (b, listen) = runtime.block_on(start("b", other, &cable, setup, None));
+        let (a, _) = runtime.block_on(start("a", one, &cable, setup, Some(("b", listen))));
+        Self {
+            a,
+            b,
+            cable,
+            runtime,
+        }
+    }
+
+    /// The session between them as `node` sees it; none if there is none.
+    pub fn session(node: &Node) -> Option<SessionStatus> {
+        node.status(0).sessions.into_iter().next()
+    }
+}
+
+impl Drop for Nodes {
+    fn drop(&mut self) {
+        for node in [&self.a, &self.b] {
+            node.stop();
+            node.end_sessions("the test is over");
+            // A jammed device would keep its engine for a second.
+            self.cable.jammed.store(false, Ordering::SeqCst);
+            node.transports.stop();
+        }
+    }
+}
+
+async fn start(
+    name: &str,
+    device: PairDevice,
+    cable: &Arc<Cable>,
+    setup: &Setup,
+    peer: Option<(&str, std::net::SocketAddr)>,
+) -> (Arc<Node>, std::net::SocketAddr) {
+    let any = ([127, 0, 0, 1], 0).into();
+    let plugged = Plugged {
+        inner: device,
+        cable: Arc::clone(cable),
+    };
+    let config = udp::Config {
+        liveness: setup.liveness,
+        ..udp::Config::default()
+    };
+    let (udp, local) =
+        udp::spawn(config, move || Ok::<_, Infallible>(plugged)).expect("an engine starts");
+    let mut transports = Transports::default();
+    let mut attended = vec![transports.add(Transport::Dpdk, Local::Dpdk(local), udp)];
+    let config = tcp::Config {
+        liveness: setup.liveness,
+        open_limit: setup.liveness,
+        progress_limit: setup.stall,
+        listen: any,
+        streams: 2,
+        congestion: None,
+    };
+    let streams = config.streams;
+    let (tcp, data) = tcp::spawn(config).expect("an engine starts");
+    let local = Local::Tcp { data, streams };
+    attended.push(transports.add(Transport::Tcp, local, tcp));
+    let listener = TcpListener::bind(any).await.expect("loopback is there");
+    let listen = listener.local_addr().expect("it is bound");
+    let peers = peer.map(|(name, address)| (name.to_owned(), address.to_string()));
+    let node = Node::new(Parts {
+        name: name.to_owned(),
+        preference: setup.preference.parse().expect("a preference"),
+        liveness: setup.liveness,
+        stall: setup.stall,
+        transports,
+        store_bytes: setup.store_bytes,
+        arena_bytes: 1 << 30,
+        user_limits: Limits {
+            connections: 1,
+            arenas: 1,
+            bytes: 1 << 20,
+        },
+        peers: peers.into_iter().collect::<BTreeMap<_, _>>(),
+        listen,
+        socket: "unused".into(),
+        warning: None,
+        devices: Default::default(),
+        identity: genie_controlplane::identity::Identity::new(None, Default::default()),
+        metrics: Default::default(),
+    });
+    for attended in attended {
+        attend(&node, attended);
+    }
+    let served = Arc::clone(&node);
+    tokio::spawn(async move {
+        while let Ok((stream, _)) = listener.accept().await {
+            let node = Arc::clone(&served);
+            tokio::spawn(async move { establish::accept(&node, stream).await.map(drop) });
+        }
+    });
+    (node, listen)
+}
+
+/// A device with the cable in it.
+#[derive(Debug)]
+struct Plugged {
+    inner: PairDevice,
+    cable: Arc<Cable>,
+}
+
+impl Plugged {
+    fn is_jammed(&self) -> bool {
+        self.cable.jammed.load(Ordering::Relaxed)
+    }
+}
+
+impl Device for Plugged {
+    fn capabilities(&self) -> &Capabilities {
+        self.inner.capabilities()
+    }
+
+    fn rx_burst(&mut self, on_frame: &mut dyn FnMut(View<'_>)) -> usize {
+        let cable = &self.cable;
+        self.inner.rx_burst(&mut |view| {
+            if cable.passes() {
+                on_frame(view);
+            }
+        })
+    }
+
+    fn tx_burst(&mut self, frames: &[TxFrame]) -> usize {
+        if self.is_jammed() {
+            return 0;
+        }
+        self.inner.tx_burst(frames)
+    }
+
+    fn attach(&mut self, lease: Lease) -> Result<Attachment, AttachError> {
+        self.inner.attach(lease)
+    }
+
+    fn detach(&mut self, attachment: Attachment) -> bool {
+        !self.is_jammed() && self.inner.detach(attachment)
+    }
+
+    fn reap(&mut self) {
+        self.inner.reap();
+    }
+
+    fn stop(&mut self) {
+        self.cable.jammed.store(false, Ordering::SeqCst);
+        self.cable.cut();
+        self.inner.stop();
+    }
+
+    fn counters(&self) -> Counters {
+        self.inner.counters()
+    }
+
+    fn copies(&self) -> Copies {
+        self.inner.copies()
+    }
+
+    fn link_up(&self) -> bool {
+        self.inner.link_up()
+    }
+}
