@@ -276,6 +276,11 @@ impl Connection {
         self.config.receive_credit = packets;
     }
 
+    /// Counts a datagram that the engine dropped before it got here.
+    pub fn handle_dropped(&mut self, cause: DropCause) {
+        self.count_drop(cause);
+    }
+
     /// The next event; drain it after each call that takes something in.
     pub fn poll_event(&mut self) -> Option<Event> {
         self.events.pop_front()

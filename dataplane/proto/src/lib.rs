@@ -12,7 +12,8 @@
 //!
 //! Reading order: [`wire`] (the bytes), [`transfer`] and [`digest`] (what is
 //! moved; also used by the TCP engine), [`connection`] (the state machine),
-//! [`congestion`]. The page `docs/protocol.md` describes the same bytes in prose.
+//! [`congestion`], [`seal`] (what an engine wraps around it where packets are
+//! encrypted). The page `docs/protocol.md` describes the same bytes in prose.
 
 #![forbid(unsafe_code)]
 
@@ -22,6 +23,8 @@ pub mod digest;
 #[cfg(any(feature = "fuzzing", fuzzing))]
 pub mod fuzzing;
 pub mod id;
+pub mod replay;
+pub mod seal;
 pub mod time;
 pub mod transfer;
 pub mod wire;

@@ -9,7 +9,8 @@ mod header;
 
 pub use body::{Ack, AckRange, Body, Done, DoneAck, Probe, ProbeAck, Reset, Scope};
 pub use header::{
-    FLAG_FIN, HEADER_LEN, Header, Kind, ParseError, VERSION, header_crc, peek_session,
+    FLAG_FIN, HEADER_LEN, Header, Kind, PLAIN_LEN, ParseError, VERSION, header_crc, peek_number,
+    peek_session,
 };
 
 /// The largest payload of a control packet: any link carries it beside the headers.

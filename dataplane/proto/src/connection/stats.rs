@@ -98,6 +98,12 @@ pub enum DropCause {
     Overlap,
     /// Data that shows another length than was granted.
     LengthMismatch,
+    /// Sealed by nobody who has the path's keys, or changed since.
+    Forged,
+    /// A sealed packet whose number was accepted, or is too old to tell.
+    Replayed,
+    /// A sealed packet whose key was dropped.
+    OldEpoch,
     /// More answers owed than we keep.
     Overload,
     /// The connection is closed.

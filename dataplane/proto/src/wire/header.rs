@@ -10,6 +10,8 @@ use crate::id::{SessionId, TransferId};
 pub const VERSION: u8 = 1;
 /// Bytes of a header.
 pub const HEADER_LEN: usize = 40;
+/// Bytes of a header that can be read in a sealed packet: all but the check.
+pub const PLAIN_LEN: usize = 36;
 /// On DATA: the segment ends where the sender's transfer ends, so that two ends
 /// that disagree about the length find out.
 pub const FLAG_FIN: u8 = 1;
@@ -101,7 +103,7 @@ const _: () = assert!(size_of::<Raw>() == HEADER_LEN);
 /// What the header check covers.
 const CHECKED: usize = 34;
 /// What the CRC that binds a payload to its header covers.
-const BOUND: usize = 36;
+const BOUND: usize = PLAIN_LEN;
 
 impl Header {
     /// Reads the header at the start of `head`, the first bytes of a datagram
@@ -192,6 +194,14 @@ pub fn peek_session(head: &[u8]) -> Option<SessionId> {
     (raw.version_kind >> 4 == VERSION).then(|| SessionId(raw.session.get()))
 }
 
+/// The packet number that a header gives, whether it is sealed or not.
+pub fn peek_number(plain: &[u8; PLAIN_LEN]) -> u64 {
+    const AT: usize = std::mem::offset_of!(Raw, packet_number);
+    let mut bytes = [0; 6];
+    bytes.copy_from_slice(&plain[AT..AT + 6]);
+    read_u48(bytes)
+}
+
 /// CRC32C of the header bytes that a payload is bound to; for tests that build packets.
 pub fn header_crc(head: &[u8; HEADER_LEN]) -> u32 {
     crc(&head[..BOUND])
@@ -246,6 +256,8 @@ mod tests {
             let len = HEADER_LEN + usize::from(header.payload_len);
             prop_assert_eq!(Header::parse(&bytes, len), Ok((header, crc)));
             prop_assert_eq!(peek_session(&bytes), Some(header.session));
+            let plain = bytes.first_chunk().unwrap();
+            prop_assert_eq!(peek_number(plain), header.packet_number);
             prop_assert_eq!(Header::parse(&bytes, len + 1), Err(ParseError::Length));
             prop_assert_eq!(Header::parse(&bytes[..39], len), Err(ParseError::Length));
         }

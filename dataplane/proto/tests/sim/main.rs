@@ -3,6 +3,7 @@
 
 mod network;
 mod pair;
+mod sealed;
 
 use std::time::Duration;
 
@@ -14,9 +15,9 @@ use network::{Profile, Random};
 use pair::{Pair, Plan};
 use proptest::prelude::*;
 
-const MINUTE: Time = Time(60_000_000_000);
+pub(crate) const MINUTE: Time = Time(60_000_000_000);
 
-fn any_profile() -> impl Strategy<Value = Profile> {
+pub(crate) fn any_profile() -> impl Strategy<Value = Profile> {
     let wrong = (0u64..200, 0u64..100, 0u64..50, 0u64..300);
     (
         wrong,
@@ -57,7 +58,7 @@ fn any_len() -> impl Strategy<Value = usize> {
     ]
 }
 
-fn any_plan() -> impl Strategy<Value = Plan> {
+pub(crate) fn any_plan() -> impl Strategy<Value = Plan> {
     let late = prop_oneof![3 => Just(0u64), 1 => 0u64..30_000];
     (0usize..2, 0u32..4, any_len(), late).prop_map(|(from, slot, len, late)| Plan {
         from,
@@ -68,7 +69,7 @@ fn any_plan() -> impl Strategy<Value = Plan> {
     })
 }
 
-fn any_config() -> impl Strategy<Value = Config> {
+pub(crate) fn any_config() -> impl Strategy<Value = Config> {
     let congestion = prop_oneof![
         Just(Algorithm::Tolerant),
         (20_000u64..1_000_000).prop_map(Algorithm::Fixed)
@@ -142,7 +143,7 @@ proptest! {
     }
 }
 
-fn plain(from: usize, slot: u32, len: usize) -> Plan {
+pub(crate) fn plain(from: usize, slot: u32, len: usize) -> Plan {
     Plan {
         from,
         slot,

@@ -3,8 +3,9 @@
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::time::Duration;
 
+use genie_proto::seal::{Opener, Sealer, Secret};
 use genie_proto::transfer::GRANULE;
-use genie_proto::wire::{HEADER_LEN, peek_session};
+use genie_proto::wire::{HEADER_LEN, PLAIN_LEN, peek_session};
 use genie_proto::{
     Config, Connection, Digest, Event, FailReason, Segment, SessionId, Time, TransferId,
 };
@@ -49,10 +50,20 @@ enum Act {
     Cancel(TransferId, usize, usize),
 }
 
+/// What one end seals and opens packets with.
+pub(crate) struct Security {
+    sealer: Sealer,
+    opener: Opener,
+}
+
 pub(crate) struct Pair {
     pub(crate) now: Time,
     pub(crate) connections: [Connection; 2],
     pub(crate) sides: [Side; 2],
+    /// None where packets are plain.
+    security: Option<[Security; 2]>,
+    /// Every datagram that was delivered, and where to, if it shall be kept.
+    pub(crate) record: Option<Vec<(usize, Vec<u8>)>>,
     network: Network,
     data: Random,
     /// Waiting for their slot, by sender and slot.
@@ -75,11 +86,30 @@ impl Pair {
             now: Time(1_000_000),
             connections: [connection(0), connection(1)],
             sides: Default::default(),
+            security: None,
+            record: None,
             network: Network::new(profile, seed),
             data: Random(!seed),
             plans: HashMap::new(),
             acts: Vec::new(),
             unfinished: 0,
+        }
+    }
+
+    /// A pair that seals its packets, in epochs of `2^epoch_bits`.
+    pub(crate) fn sealed(config: &Config, profile: Profile, seed: u64, epoch_bits: u32) -> Self {
+        let secret = |end: usize| {
+            let mut random = Random(seed ^ (0x5ec2e7 + end as u64));
+            let bytes = random.bytes(32);
+            Secret(bytes.try_into().expect("thirty-two were asked for"))
+        };
+        let security = |end: usize| Security {
+            sealer: Sealer::with_epochs(&secret(end), epoch_bits),
+            opener: Opener::with_epochs(&secret(1 - end), epoch_bits),
+        };
+        Self {
+            security: Some([security(0), security(1)]),
+            ..Self::new(config, profile, seed)
         }
     }
 
@@ -199,10 +229,21 @@ impl Pair {
         }
     }
 
-    fn deliver(&mut self, to: usize, datagram: &[u8]) {
+    pub(crate) fn deliver(&mut self, to: usize, datagram: &[u8]) {
         if peek_session(datagram) != Some(SESSIONS[to]) {
             return;
         }
+        if let Some(record) = &mut self.record {
+            record.push((to, datagram.to_vec()));
+        }
+        let mut opened = datagram.to_vec();
+        if let Some(security) = &mut self.security {
+            match security[to].opener.open(&mut opened) {
+                Ok(len) => opened.truncate(len),
+                Err(error) => return self.connections[to].handle_dropped(error.into()),
+            }
+        }
+        let datagram = &opened[..];
         let side = &mut self.sides[to];
         let before = self.connections[to].stats().bytes_received;
         let mut placed = None;
@@ -243,6 +284,13 @@ impl Pair {
         while let Some(transmit) = self.connections[end].poll_transmit(self.now, crc) {
             let mut datagram = transmit.head.to_vec();
             datagram.extend_from_slice(transmit.payload.map_or(&[], bytes));
+            if let Some(security) = &mut self.security {
+                let (plain, rest) = datagram
+                    .split_first_chunk_mut::<PLAIN_LEN>()
+                    .expect("a header is longer");
+                let tag = security[end].sealer.seal(plain, rest);
+                datagram.extend_from_slice(&tag);
+            }
             self.network.send(self.now, end, datagram);
         }
     }
