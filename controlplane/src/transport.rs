@@ -222,6 +222,7 @@ impl Local {
             Local::Dpdk(local) => Remote::Udp(udp::Remote {
                 local: local.clone(),
                 session,
+                secrets: None,
             }),
             Local::Tcp { data, streams } => {
                 let role = match dialled {

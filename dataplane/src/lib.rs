@@ -20,4 +20,5 @@ pub mod shm;
 pub mod stage;
 pub mod tcp;
 
+pub use genie_proto::seal::{Secret, Secrets};
 pub use genie_proto::{Digest, SessionId, TransferId};

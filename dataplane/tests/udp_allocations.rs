@@ -8,12 +8,12 @@ use std::convert::Infallible;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use genie_dataplane::SessionId;
 use genie_dataplane::device::pair::{Options, PairDevice, pair};
 use genie_dataplane::endpoint::{Endpoint, Running};
 use genie_dataplane::engine::Remote;
 use genie_dataplane::engine::udp::{self, Config, Local};
 use genie_dataplane::memory::{Backing, Lease, Region, View};
+use genie_dataplane::{Secret, Secrets, SessionId};
 
 /// Counts what threads that said so allocate.
 struct Counting;
@@ -84,10 +84,11 @@ impl Node {
         (node, running)
     }
 
-    fn remote(&self) -> Remote {
+    fn remote(&self, secrets: Option<Secrets>) -> Remote {
         Remote::Udp(udp::Remote {
             local: self.local.clone(),
             session: self.session,
+            secrets,
         })
     }
 }
@@ -114,14 +115,24 @@ fn transfer(a: &Node, b: &Node, from: &Lease, into: &Lease) -> u64 {
 
 #[test]
 fn packets_cost_no_allocation() {
+    measure(None);
+    // One secret for both directions is good enough to count allocations.
+    let secret = || Secret([1; 32]);
+    measure(Some(Secrets {
+        send: secret(),
+        receive: secret(),
+    }));
+}
+
+fn measure(secrets: Option<Secrets>) {
     const LEN: usize = 64 << 20;
     let (a, b) = pair(&Options::default());
     let ((a, first), (b, second)) = (Node::start(a), Node::start(b));
     let threads =
         [first, second].map(|running| (running.completions.spawn().unwrap(), running.thread));
     std::thread::scope(|scope| {
-        let other = scope.spawn(|| block_on(b.endpoint.open(b.session, a.remote())));
-        block_on(a.endpoint.open(a.session, b.remote())).unwrap();
+        let other = scope.spawn(|| block_on(b.endpoint.open(b.session, a.remote(secrets.clone()))));
+        block_on(a.endpoint.open(a.session, b.remote(secrets.clone()))).unwrap();
         other.join().unwrap().unwrap();
     });
     let lease = || Lease::whole(Region::with_backing(LEN, Backing::Shmem).unwrap());

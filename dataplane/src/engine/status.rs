@@ -47,8 +47,21 @@ pub struct SessionSnapshot {
     pub retransmits: u64,
     /// Packets dropped, all causes.
     pub dropped: u64,
+    /// What was found not to be the peer's; none where packets are not sealed.
+    pub sealed: Option<SealedSnapshot>,
     /// Transfers under way.
     pub transfers: u64,
+}
+
+/// Packets of a sealed session that were dropped because they were not the peer's.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SealedSnapshot {
+    /// Made by somebody without the keys, or changed on the way.
+    pub forged: u64,
+    /// Seen before, or too old to tell.
+    pub replayed: u64,
+    /// Of an epoch whose key was dropped.
+    pub old_epoch: u64,
 }
 
 /// Where an engine leaves its latest [`Snapshot`].

@@ -6,12 +6,14 @@
 #![forbid(unsafe_code)]
 
 mod session;
+mod slots;
 
 use std::collections::{HashMap, VecDeque};
 use std::net::{IpAddr, SocketAddr};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use genie_proto::seal::Secrets;
 use genie_proto::{SessionId, Time, wire};
 use serde::{Deserialize, Serialize};
 
@@ -19,10 +21,11 @@ use super::frame::{self, Head, Parsed};
 use super::idle::{Bed, Idle, Rest};
 use super::link::Link;
 use super::{Command, Completion, FailReason, OpenError, OperationId, Outbox, Receiver, Status};
-use crate::device::{BURST_MAX, Device, HEAD_MAX, TxFrame};
+use crate::device::{BURST_MAX, Capabilities, Device, HEAD_MAX, TxFrame};
 use crate::endpoint::{Endpoint, EnginePorts, Running};
-use crate::memory::View;
+use crate::memory::{RegionError, View};
 use session::Session;
+use slots::Slots;
 
 /// How an engine is set up.
 #[derive(Clone, Debug)]
@@ -72,6 +75,8 @@ pub struct Remote {
     pub local: Local,
     /// The session id it chose.
     pub session: SessionId,
+    /// What packets are sealed with, both ways; none: they are plain.
+    pub secrets: Option<Secrets>,
 }
 
 /// Why an engine did not start.
@@ -167,6 +172,13 @@ struct Core {
     /// How many sessions the next burst passes over before it begins, so that
     /// each has its turn however many there are.
     turn: usize,
+    /// Where sealed payloads are sent from; made for the first session that
+    /// seals its packets.
+    slots: Option<Slots>,
+    /// No slot was free: the device has to give some back.
+    starved: bool,
+    /// Where packets are opened: as long as the longest, or empty.
+    private: Vec<u8>,
     outbox: Outbox<Completion>,
     /// Frames that belong to no session or are not understood.
     dropped: u64,
@@ -184,8 +196,8 @@ struct Totals {
     sent_bytes: u64,
     /// Tensor bytes received and verified, each once.
     received_bytes: u64,
-    /// Bytes copied out of packets by sessions that have ended.
-    placed_bytes: u64,
+    /// Bytes that sessions copied which have ended.
+    copied_bytes: u64,
 }
 
 /// More unanswered questions than this at once are somebody's flood.
@@ -205,6 +217,9 @@ impl<D: Device> Engine<D> {
             sent: 0,
             answers: VecDeque::with_capacity(ANSWERS_MAX),
             turn: 0,
+            slots: None,
+            starved: false,
+            private: Vec::new(),
             outbox: Outbox::new(ports.completions),
             dropped: 0,
             totals: Totals::default(),
@@ -308,12 +323,7 @@ impl<D: Device> Engine<D> {
                 session,
                 remote: super::Remote::Udp(remote),
             } => {
-                let capabilities = device.capabilities();
-                let own = session::Own {
-                    mtu: capabilities.mtu,
-                    credit: credit(capabilities.rx_descriptors),
-                };
-                core.open(now, operation, session, remote, own);
+                core.open(now, operation, session, remote, device.capabilities());
             }
             Command::Open { operation, .. } => {
                 let result = Err(OpenError::NoCommonAddress);
@@ -395,7 +405,10 @@ impl<D: Device> Engine<D> {
     fn transmit(&mut self, now: Time) -> bool {
         let Self { device, core, .. } = self;
         if core.sent == core.frames.len() {
-            core.fill_frames(now);
+            core.fill_frames(now, device);
+            if core.starved {
+                device.reap();
+            }
         }
         if core.frames.is_empty() {
             return false;
@@ -469,10 +482,10 @@ impl<D: Device> Engine<D> {
             snapshot.sent_bytes = core.totals.sent_bytes;
             snapshot.received_bytes = core.totals.received_bytes;
             snapshot.copies = device.copies();
-            snapshot.copies.genie += core.totals.placed_bytes;
+            snapshot.copies.genie += core.totals.copied_bytes;
             snapshot.sessions.clear();
             for session in core.sessions.values() {
-                snapshot.copies.genie += session.placed_bytes();
+                snapshot.copies.genie += session.copied_bytes();
                 snapshot.sessions.push(session.snapshot());
             }
         });
@@ -489,6 +502,7 @@ impl Core {
     /// Whether there is something to send or to reap, of which no interrupt tells.
     fn is_waiting_for_device(&self) -> bool {
         self.sent < self.frames.len()
+            || self.starved
             || !self.answers.is_empty()
             || !self.outbox.is_empty()
             || self.sessions.values().any(Session::is_detaching)
@@ -504,8 +518,19 @@ impl Core {
         operation: OperationId,
         id: SessionId,
         remote: Remote,
-        own: session::Own,
+        capabilities: &Capabilities,
     ) {
+        if remote.secrets.is_some()
+            && let Err(error) = self.prepare_sealing(capabilities)
+        {
+            let reason = format!("no memory for sealed packets: {error}");
+            let result = Err(OpenError::Refused(reason));
+            return self.outbox.push(Completion::Opened { operation, result });
+        }
+        let own = session::Own {
+            mtu: capabilities.mtu,
+            credit: credit(capabilities.rx_descriptors),
+        };
         let Some((address, peer)) = self.link.choose(&remote.local.addresses) else {
             let result = Err(OpenError::NoCommonAddress);
             return self.outbox.push(Completion::Opened { operation, result });
@@ -524,6 +549,15 @@ impl Core {
         };
         let session = Session::new(now, id, &remote, opening, own);
         self.sessions.insert(id, session);
+    }
+
+    /// Makes all that sealing takes, so that no packet has to.
+    fn prepare_sealing(&mut self, capabilities: &Capabilities) -> Result<(), RegionError> {
+        if self.slots.is_none() {
+            self.slots = Some(Slots::new(capabilities)?);
+            self.private = vec![0; usize::from(u16::MAX)];
+        }
+        Ok(())
     }
 
     fn refuse(&mut self, operation: OperationId, reason: FailReason) {
@@ -559,7 +593,7 @@ impl Core {
         let session = wire::peek_session(&header[..have]);
         match session.and_then(|id| self.sessions.get_mut(&id)) {
             Some(session) if session.is_from(from) => {
-                session.handle_datagram(now, &header[..have], datagram);
+                session.handle_datagram(now, &header[..have], datagram, &mut self.private);
             }
             _ => self.dropped += 1,
         }
@@ -576,9 +610,10 @@ impl Core {
     }
 
     /// Fills the transmit burst: answers on the link first, then each session's share.
-    fn fill_frames(&mut self, now: Time) {
+    fn fill_frames(&mut self, now: Time, device: &mut dyn Device) {
         self.frames.clear();
         self.sent = 0;
+        self.starved = false;
         let answers = self.answers.len().min(ANSWERS_BURST);
         let heads = self.answers.drain(..answers);
         self.frames.extend(heads.map(|head| TxFrame {
@@ -600,7 +635,17 @@ impl Core {
                     return;
                 }
                 self.turn += 1;
-                let frames = std::iter::from_fn(|| session.poll_transmit(now));
+                let mut slots = self.slots.as_mut().filter(|_| session.is_sealed());
+                let starved = &mut self.starved;
+                let frames = std::iter::from_fn(|| {
+                    if let Some(slots) = &mut slots
+                        && !slots.prepare(device)
+                    {
+                        *starved = true;
+                        return None;
+                    }
+                    session.poll_transmit(now, slots.as_deref_mut())
+                });
                 self.frames.extend(frames.take(share.min(room)));
             }
         }
@@ -641,7 +686,7 @@ impl Core {
         sessions.retain(|_, session| {
             let keep = !session.is_finished(now);
             if !keep {
-                totals.placed_bytes += session.placed_bytes();
+                totals.copied_bytes += session.copied_bytes();
                 link.forget(session.peer());
             }
             keep

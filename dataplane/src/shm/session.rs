@@ -687,6 +687,7 @@ impl Session {
             window_bytes: None,
             retransmits: 0,
             dropped: self.dropped,
+            sealed: None,
             transfers: (self.incoming.len() + self.outgoing.len()) as u64,
         }
     }

@@ -27,10 +27,14 @@ fn opening_toward_nobody_fails_with_the_reason() {
     elsewhere.addresses = vec!["fe80::1234".parse().unwrap()];
     let open = |local| {
         let session = a.endpoint.new_session(fastrand::u32(..));
-        block_on(
-            a.endpoint
-                .open(session, Remote::Udp(udp::Remote { local, session })),
-        )
+        block_on(a.endpoint.open(
+            session,
+            Remote::Udp(udp::Remote {
+                local,
+                session,
+                secrets: None,
+            }),
+        ))
     };
     let nobody = open(elsewhere.clone());
     assert_eq!(nobody, Err(OpenError::NoNeighbour(elsewhere.addresses[0])));
@@ -173,7 +177,11 @@ fn a_transfer_begun_while_its_session_is_opened_is_answered_when_that_fails() {
     let session = a.session;
     std::thread::scope(|scope| {
         let opening = scope.spawn(|| {
-            let remote = Remote::Udp(udp::Remote { local, session });
+            let remote = Remote::Udp(udp::Remote {
+                local,
+                session,
+                secrets: None,
+            });
             block_on(a.endpoint.open(session, remote))
         });
         // The command to open must come first; until then there is no session.

@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use genie_dataplane::Secrets;
 use genie_dataplane::SessionId;
 use genie_dataplane::device::pair::{Options, PairDevice, pair};
 use genie_dataplane::device::{AttachError, Attachment, Capabilities, Counters, Device, TxFrame};
@@ -54,9 +55,18 @@ impl Node {
     }
 
     pub(crate) fn open(&self, peer: &Node) -> Result<Duration, OpenError> {
+        self.open_with(peer, None)
+    }
+
+    pub(crate) fn open_with(
+        &self,
+        peer: &Node,
+        secrets: Option<Secrets>,
+    ) -> Result<Duration, OpenError> {
         let remote = Remote::Udp(udp::Remote {
             local: peer.local.clone(),
             session: peer.session,
+            secrets,
         });
         block_on(self.endpoint.open(self.session, remote))
     }

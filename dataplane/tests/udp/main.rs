@@ -4,4 +4,5 @@ mod defects;
 mod faults;
 mod harness;
 mod resume;
+mod sealed;
 mod transfers;

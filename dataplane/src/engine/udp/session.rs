@@ -13,15 +13,19 @@ use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
-use genie_proto::{Connection, Event, Segment, SessionId, Time, TransferId, connection, wire};
+use genie_proto::seal::{Opener, Sealer, TAG_LEN};
+use genie_proto::{
+    Connection, DropCause, Event, Segment, SessionId, Time, TransferId, connection, wire,
+};
 
+use super::slots::Slots;
 use super::{Remote, Totals};
 use crate::device::{AttachError, Attachment, Capabilities, Device, Payload, TxFrame};
 use crate::engine::frame::{self, End, Flow, Head};
 use crate::engine::link::Link;
 use crate::engine::{
     Completion, Cost, FailReason, Interrupted, OpenError, OperationId, Outbox, Partial, Receipt,
-    SessionSnapshot,
+    SealedSnapshot, SessionSnapshot,
 };
 use crate::ledger::Copies;
 use crate::memory::{Lease, View};
@@ -29,6 +33,10 @@ use crate::memory::{Lease, View};
 /// The protocol sees datagrams up to this length whole, of longer ones, which
 /// can only be data, the header.
 const DATAGRAM_WHOLE: usize = wire::HEADER_LEN + wire::CONTROL_MAX;
+
+/// Copies of what is sent sealed: out of the tensor to be sealed, and to where
+/// the device reads it. Opening takes one more than a plain packet does.
+const SEALING_COPIES: u64 = 2;
 
 /// How often a neighbour is asked for its address until it answers.
 const ASK_EVERY: Duration = Duration::from_millis(50);
@@ -53,7 +61,15 @@ pub(super) struct Session {
     incoming: HashMap<TransferId, Incoming>,
     outgoing: HashMap<TransferId, Outgoing>,
     detaching: Vec<Detaching>,
-    placed_bytes: u64,
+    /// Seals packets and opens them; none where they are plain.
+    security: Option<Box<Security>>,
+    /// Bytes that Genie copied between packets, its own memory and tensors.
+    copied_bytes: u64,
+}
+
+struct Security {
+    sealer: Sealer,
+    opener: Opener,
 }
 
 enum State {
@@ -124,6 +140,7 @@ pub(super) struct Copying {
     genie_tx: bool,
     driver_tx: bool,
     driver_rx: bool,
+    sealed: bool,
 }
 
 impl Incoming {
@@ -152,13 +169,14 @@ impl Copying {
             genie_tx: !capabilities.tx_external,
             driver_tx: capabilities.driver_copies_tx,
             driver_rx: capabilities.driver_copies_rx,
+            sealed: false,
         }
     }
 
     fn sent(self, bytes: u64) -> Copies {
         let count = |copies: bool| if copies { bytes } else { 0 };
         Copies {
-            genie: count(self.genie_tx),
+            genie: count(self.genie_tx) + SEALING_COPIES * count(self.sealed),
             driver: count(self.driver_tx),
             kernel: 0,
         }
@@ -166,9 +184,34 @@ impl Copying {
 
     fn received(self, bytes: u64) -> Copies {
         Copies {
-            genie: bytes,
+            genie: bytes + if self.sealed { bytes } else { 0 },
             driver: if self.driver_rx { bytes } else { 0 },
             kernel: 0,
+        }
+    }
+}
+
+impl Security {
+    /// Seals a frame whose datagram begins at `begin` of its head, and whose
+    /// payload, if it has one, was loaded into `slots`.
+    fn seal(&mut self, frame: &mut TxFrame, begin: usize, slots: &mut Slots) {
+        let datagram = &mut frame.head[begin..];
+        let (plain, rest) = datagram
+            .split_first_chunk_mut::<{ wire::PLAIN_LEN }>()
+            .expect("every datagram begins with a header");
+        if let Some(payload) = frame.payload {
+            let check = rest.first_chunk().expect("the last field of the header");
+            let sealed = slots.store(check, payload.len as usize, |sealed| {
+                self.sealer.seal(plain, sealed)
+            });
+            frame.payload = Some(sealed);
+            frame.head.truncate(begin + wire::PLAIN_LEN);
+        } else {
+            let tag = self.sealer.seal(plain, rest);
+            frame
+                .head
+                .try_extend_from_slice(&tag)
+                .expect("HEAD_MAX has room for a tag");
         }
     }
 }
@@ -182,8 +225,19 @@ impl Session {
         own: Own,
     ) -> Self {
         let mtu = own.mtu.min(remote.local.mtu);
+        let security = remote.secrets.as_ref().map(|secrets| {
+            Box::new(Security {
+                sealer: Sealer::new(&secrets.send),
+                opener: Opener::new(&secrets.receive),
+            })
+        });
+        let tag = if security.is_some() {
+            TAG_LEN as u16
+        } else {
+            0
+        };
         let config = connection::Config {
-            datagram_max: frame::udp_payload_max(mtu, opening.peer.ip()),
+            datagram_max: frame::udp_payload_max(mtu, opening.peer.ip()).saturating_sub(tag),
             receive_credit: u32::from(own.credit),
             remote_credit: u32::from(remote.local.credit),
             idle_limit: opening.limit,
@@ -203,7 +257,8 @@ impl Session {
             incoming: HashMap::new(),
             outgoing: HashMap::new(),
             detaching: Vec::new(),
-            placed_bytes: 0,
+            security,
+            copied_bytes: 0,
         }
     }
 
@@ -302,11 +357,51 @@ impl Session {
         }
     }
 
-    pub(super) fn handle_datagram(&mut self, now: Time, header: &[u8], datagram: View<'_>) {
+    /// Whether this session's packets are sealed.
+    pub(super) fn is_sealed(&self) -> bool {
+        self.security.is_some()
+    }
+
+    /// Takes a datagram in; `private` has room for all of it.
+    pub(super) fn handle_datagram(
+        &mut self,
+        now: Time,
+        header: &[u8],
+        datagram: View<'_>,
+        private: &mut [u8],
+    ) {
+        let Some(security) = &mut self.security else {
+            if datagram.len() <= DATAGRAM_WHOLE {
+                let mut whole = [0; DATAGRAM_WHOLE];
+                let have = datagram.copy_to(&mut whole);
+                self.handle_opened(now, &whole[..have], datagram);
+            } else {
+                self.handle_opened(now, header, datagram);
+            }
+            return;
+        };
+        // Opened in memory that nobody else can change: not in the packet's
+        // buffer, and not in the tensor, which never shows what is not authentic.
+        let Some(private) = private.get_mut(..datagram.len()) else {
+            return self.connection.handle_dropped(DropCause::Length);
+        };
+        datagram.copy_to(private);
+        self.copied_bytes += private.len() as u64;
+        match security.opener.open(private) {
+            Ok(len) => {
+                let opened = &private[..len];
+                self.handle_opened(now, opened, View::from(opened));
+            }
+            Err(error) => self.connection.handle_dropped(error.into()),
+        }
+    }
+
+    /// `head`: as much of `datagram` as the connection must see.
+    fn handle_opened(&mut self, now: Time, head: &[u8], datagram: View<'_>) {
         let Self {
             connection,
             incoming,
-            placed_bytes,
+            copied_bytes,
             ..
         } = self;
         let payload = datagram.slice(wire::HEADER_LEN..datagram.len());
@@ -319,16 +414,10 @@ impl Session {
                 .get_mut(&segment.transfer)
                 .expect("the connection places only into transfers it was given");
             transfer.placed += payload.len() as u64;
-            *placed_bytes += payload.len() as u64;
+            *copied_bytes += payload.len() as u64;
             transfer.into.place(segment.offset as usize, payload)
         };
-        if datagram.len() <= DATAGRAM_WHOLE {
-            let mut whole = [0; DATAGRAM_WHOLE];
-            let have = datagram.copy_to(&mut whole);
-            connection.handle_datagram(now, &whole[..have], datagram.len(), place);
-        } else {
-            connection.handle_datagram(now, header, datagram.len(), place);
-        }
+        connection.handle_datagram(now, head, datagram.len(), place);
     }
 
     /// Acts on what is due; returns a question for the link, if there is one.
@@ -364,7 +453,12 @@ impl Session {
         question
     }
 
-    pub(super) fn poll_transmit(&mut self, now: Time) -> Option<TxFrame> {
+    /// The next frame to send; `slots` has a free one where packets are sealed.
+    pub(super) fn poll_transmit(
+        &mut self,
+        now: Time,
+        mut slots: Option<&mut Slots>,
+    ) -> Option<TxFrame> {
         let Self {
             connection,
             outgoing,
@@ -373,10 +467,12 @@ impl Session {
         } = self;
         let flow = flow.as_ref()?;
         let crc = |segment: Segment| {
-            let start = segment.offset as usize;
-            outgoing[&segment.transfer]
-                .from
-                .crc32c(start..start + segment.len as usize)
+            let (start, len) = (segment.offset as usize, segment.len as usize);
+            let from = &outgoing[&segment.transfer].from;
+            match &mut slots {
+                Some(slots) => slots.load(from, start, len),
+                None => from.crc32c(start..start + len),
+            }
         };
         let Some(transmit) = connection.poll_transmit(now, crc) else {
             if let State::Ended { told, .. } = &mut self.state {
@@ -386,7 +482,9 @@ impl Session {
         };
         let mut frame = TxFrame::default();
         let payload_len = transmit.payload.map_or(0, |segment| segment.len as usize);
-        flow.write_headers(&mut frame.head, transmit.head.len() + payload_len);
+        let tag = if self.security.is_some() { TAG_LEN } else { 0 };
+        flow.write_headers(&mut frame.head, transmit.head.len() + payload_len + tag);
+        let begin = frame.head.len();
         frame
             .head
             .try_extend_from_slice(&transmit.head)
@@ -402,6 +500,10 @@ impl Session {
                 len: segment.len,
             });
         }
+        if let (Some(security), Some(slots)) = (&mut self.security, slots) {
+            self.copied_bytes += SEALING_COPIES * payload_len as u64;
+            security.seal(&mut frame, begin, slots);
+        }
         Some(frame)
     }
 
@@ -413,6 +515,10 @@ impl Session {
         totals: &mut Totals,
         outbox: &mut Outbox<Completion>,
     ) {
+        let copying = Copying {
+            sealed: self.is_sealed(),
+            ..copying
+        };
         while let Some(event) = self.connection.poll_event() {
             match event {
                 Event::Received {
@@ -729,8 +835,8 @@ impl Session {
             .min()
     }
 
-    pub(super) fn placed_bytes(&self) -> u64 {
-        self.placed_bytes
+    pub(super) fn copied_bytes(&self) -> u64 {
+        self.copied_bytes
     }
 
     pub(super) fn snapshot(&self) -> SessionSnapshot {
@@ -741,6 +847,11 @@ impl Session {
             window_bytes: Some(stats.window_bytes),
             retransmits: stats.retransmits.total(),
             dropped: stats.dropped(),
+            sealed: self.is_sealed().then(|| SealedSnapshot {
+                forged: stats.drops(DropCause::Forged),
+                replayed: stats.drops(DropCause::Replayed),
+                old_epoch: stats.drops(DropCause::OldEpoch),
+            }),
             transfers: (self.incoming.len() + self.outgoing.len()) as u64,
         }
     }
