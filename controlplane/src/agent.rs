@@ -147,6 +147,7 @@ async fn serve(
     let node = Node::new(Parts {
         name: config.name.clone(),
         preference: config.transport.clone(),
+        data_security: config.data_security,
         liveness: config.liveness,
         stall: config.stall,
         transports,

@@ -20,6 +20,7 @@ use crate::identity::CredentialFiles;
 use crate::metrics;
 use crate::quota::Limits;
 use crate::rights::{ANYBODY, Access, Rights};
+use crate::security::{DataSecurity, UnknownSecurity};
 use crate::tensor::check_name;
 use crate::transport::{Preference, PreferenceError};
 use crate::units::{UnitError, parse_bytes, parse_duration, show_bytes};
@@ -127,6 +128,9 @@ pub struct AgentArgs {
     /// The kernel's congestion control of TCP data connections: cubic, bbr … [default: the system's; over loopback cubic]
     #[arg(long, value_name = "NAME", env = "GENIE_TCP_CONGESTION")]
     pub tcp_congestion: Option<String>,
+    /// Demand that packets are encrypted and authenticated: plain or aead, which needs credentials [default: plain]
+    #[arg(long, value_name = "MODE", env = "GENIE_DATA_SECURITY")]
+    pub data_security: Option<DataSecurity>,
     /// Certificates of the CA that peers' must be signed by ('genie ca init' makes one)
     #[arg(long, value_name = "FILE", env = "GENIE_CA")]
     pub ca: Option<PathBuf>,
@@ -186,6 +190,8 @@ pub struct Config {
     pub streams: u16,
     /// The kernel's congestion control of TCP data connections, if one was asked for.
     pub tcp_congestion: Option<String>,
+    /// What paths must be.
+    pub data_security: DataSecurity,
     /// Where its credentials lie.
     pub credentials: Option<CredentialFiles>,
     /// Which peers may open sessions, and what they may do.
@@ -278,6 +284,7 @@ struct File {
     stall: Option<String>,
     streams: Option<u16>,
     tcp_congestion: Option<String>,
+    data_security: Option<String>,
     ca: Option<PathBuf>,
     cert: Option<PathBuf>,
     key: Option<PathBuf>,
@@ -287,7 +294,7 @@ struct File {
     allow_unauthenticated: bool,
 }
 
-const KEYS: [&str; 27] = [
+const KEYS: [&str; 28] = [
     "name",
     "listen",
     "data",
@@ -308,6 +315,7 @@ const KEYS: [&str; 27] = [
     "stall",
     "streams",
     "tcp-congestion",
+    "data-security",
     "ca",
     "cert",
     "key",
@@ -500,6 +508,13 @@ impl Config {
             stall: time(args.stall, file.stall, "stall", STALL)?,
             streams: args.streams.or(file.streams).unwrap_or(2),
             tcp_congestion: args.tcp_congestion.or(file.tcp_congestion),
+            data_security: match (args.data_security, file.data_security) {
+                (Some(security), _) => security,
+                (None, Some(text)) => text
+                    .parse()
+                    .map_err(|error: UnknownSecurity| value("data-security")(error.to_string()))?,
+                (None, None) => DataSecurity::default(),
+            },
             credentials,
             access,
             metrics: match (args.metrics, file.metrics) {
@@ -550,6 +565,14 @@ impl Config {
                     .to_owned(),
             );
         }
+        if self.credentials.is_none() && self.data_security == DataSecurity::Aead {
+            return value(
+                "data-security",
+                "aead takes keys that only the two ends have: add --ca, --cert and --key \
+                 ('genie ca init' and 'genie ca issue' make them)"
+                    .to_owned(),
+            );
+        }
         let open = self.credentials.is_none();
         for address in [self.listen, self.data] {
             if open && !address.ip().is_loopback() && !self.allow_unauthenticated {
@@ -561,12 +584,15 @@ impl Config {
 
     /// What must be said of security, if anything.
     pub fn warning(&self) -> Option<String> {
+        if self.data_security == DataSecurity::Aead {
+            return None;
+        }
         if self.credentials.is_some() {
             // Whoever shares the link could still spoof UDP.
             return self.dpdk_device.as_ref().and_then(|device| match device {
                 DeviceSpec::Pci(device) => Some(format!(
                     "packets of the DPDK path are not authenticated: whoever shares the link of \
-                     pci:{device} can spoof them"
+                     pci:{device} can spoof them, unless --data-security aead seals them"
                 )),
                 _ => None,
             });

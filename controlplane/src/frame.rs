@@ -109,14 +109,17 @@ mod tests {
                 transport: Transport::Tcp,
                 session: SessionId(7),
                 token: Some(Token([9; 16])),
+                salt: None,
             },
             Message::Try {
                 transport: Transport::Dpdk,
                 session: SessionId(7),
                 token: None,
+                salt: Some(crate::security::Salt([3; 16])),
             },
             Message::Trying {
                 session: SessionId(8),
+                salt: Some(crate::security::Salt([4; 16])),
             },
             Message::TryRefused {
                 reason: "busy".into(),

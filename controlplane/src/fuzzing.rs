@@ -260,6 +260,7 @@ mod tests {
         use super::*;
         use crate::message::{Outcome, Request};
         use crate::negotiation::Refusal;
+        use crate::security::Salt;
         use crate::tensor::Dtype;
         use crate::transport::Transport;
         use genie_client::protocol::{ArenaId, Direction, FailureKind, Note, Placed, Ranged};
@@ -302,9 +303,11 @@ mod tests {
                     transport: Transport::Tcp,
                     session: SessionId(7),
                     token: Some(Token([9; 16])),
+                    salt: Some(Salt([3; 16])),
                 },
                 Message::Trying {
                     session: SessionId(8),
+                    salt: Some(Salt([4; 16])),
                 },
                 Message::Chosen {
                     refused: vec![Refusal {

@@ -4,7 +4,8 @@
 //! [`agent`] (one process a host), [`application`] (the socket that programs on
 //! the host use; [`genie_client`] is its other end), [`session`] (one connection to a
 //! peer's agent), [`identity`] (who that is, and [`rights`]: what it may do),
-//! [`negotiation`] (which path and why not a better one),
+//! [`negotiation`] (which path and why not a better one), [`security`] (whether
+//! it is sealed),
 //! [`transfer`] (a batch of tensors moving), [`store`] (where they live).
 //! Bytes of tensors never pass through here: the engines of
 //! [`genie_dataplane`] move them.
@@ -31,6 +32,7 @@ pub mod notifications;
 pub mod quota;
 pub mod rights;
 pub mod safetensors;
+pub mod security;
 pub mod session;
 pub mod store;
 pub mod transfer;

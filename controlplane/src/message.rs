@@ -33,6 +33,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::negotiation::Refusal;
 use crate::rights::Right;
+use crate::security::{DataSecurity, Salt};
 use crate::tensor::{Metadata, TensorInfo, metadata_bytes};
 use crate::transport::{Offer, Preference, Transport};
 
@@ -57,6 +58,9 @@ pub struct Hello {
     /// The longest transfer that it takes, where that is limited: tensors are
     /// moved in ranges of the smaller of both ends' limits.
     pub range_bytes: Option<u64>,
+    /// What it demands of paths.
+    #[serde(default)]
+    pub data_security: DataSecurity,
 }
 
 /// A message between agents.
@@ -73,11 +77,17 @@ pub enum Message {
         /// Proves that data connections are the dialler's; none under TLS,
         /// where both ends derive it.
         token: Option<Token>,
+        /// The dialler's part in the keys, where packets are to be sealed.
+        #[serde(default)]
+        salt: Option<Salt>,
     },
     /// Acceptor: ready, open yours.
     Trying {
         /// What the dialler shall put into what it sends.
         session: SessionId,
+        /// The acceptor's part in the keys, where packets are to be sealed.
+        #[serde(default)]
+        salt: Option<Salt>,
     },
     /// Acceptor: it cannot be tried.
     TryRefused {

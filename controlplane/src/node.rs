@@ -20,6 +20,7 @@ use crate::message::{Hello, Instance};
 use crate::metrics::Counters;
 use crate::notifications::Notifications;
 use crate::quota::{self, Quotas};
+use crate::security::DataSecurity;
 use crate::session::route::{Change, Stage};
 use crate::session::{Direction, REQUESTS_MAX, Session, SessionError, establish};
 use crate::status::{
@@ -37,6 +38,8 @@ pub struct Node {
     pub instance: Instance,
     /// Transports allowed, best first.
     pub preference: Preference,
+    /// What paths must be.
+    pub data_security: DataSecurity,
     /// After how much silence a peer is given up.
     pub liveness: Duration,
     /// For how long a request may make no progress.
@@ -91,6 +94,8 @@ pub struct Parts {
     pub name: String,
     /// Transports allowed, best first.
     pub preference: Preference,
+    /// What paths must be.
+    pub data_security: DataSecurity,
     /// After how much silence a peer is given up.
     pub liveness: Duration,
     /// For how long a request may make no progress.
@@ -139,6 +144,7 @@ impl Node {
             name: parts.name,
             instance: Instance(random()),
             preference: parts.preference,
+            data_security: parts.data_security,
             liveness: parts.liveness,
             stall: parts.stall,
             transports: parts.transports,
@@ -177,6 +183,7 @@ impl Node {
             name: self.name.clone(),
             instance: self.instance,
             preference: self.preference.clone(),
+            data_security: self.data_security,
             offers: self.transports.offers(),
             liveness_ms: self.liveness.as_millis().try_into().unwrap_or(u64::MAX),
             range_bytes: self.devices.range_bytes(),
@@ -380,6 +387,7 @@ fn session_status(session: &Session) -> SessionStatus {
         }
         .to_owned(),
         path: path.name,
+        sealed: path.sealed,
         lost: lost.map(|(reason, _)| reason.to_string()),
         path_changes,
         changes: changes.into_iter().map(change).collect(),

@@ -10,11 +10,11 @@ use std::str::FromStr;
 use std::sync::Mutex;
 use std::thread::JoinHandle;
 
-use genie_dataplane::SessionId;
 use genie_dataplane::endpoint::{Completions, Endpoint, Lost, Running};
 use genie_dataplane::engine::{Remote, Status, udp};
 use genie_dataplane::shm;
 use genie_dataplane::tcp::{self, Token};
+use genie_dataplane::{Secrets, SessionId};
 use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
 
@@ -63,6 +63,15 @@ pub enum Local {
         /// How many connections to use.
         streams: u16,
     },
+}
+
+/// What binds a path to the session that it is opened for.
+#[derive(Clone, Debug)]
+pub struct Keys {
+    /// What connections begin with.
+    pub token: Token,
+    /// What packets are sealed with, if they are.
+    pub secrets: Option<Secrets>,
 }
 
 /// One transport as one node sees it.
@@ -207,9 +216,10 @@ impl Local {
         &self,
         ours: &Local,
         session: SessionId,
-        token: Token,
+        keys: Keys,
         dialled: Option<SocketAddr>,
     ) -> Remote {
+        let Keys { token, secrets } = keys;
         match self {
             Local::Shm(local) => Remote::Shm(shm::Remote {
                 role: match dialled {
@@ -222,7 +232,7 @@ impl Local {
             Local::Dpdk(local) => Remote::Udp(udp::Remote {
                 local: local.clone(),
                 session,
-                secrets: None,
+                secrets,
             }),
             Local::Tcp { data, streams } => {
                 let role = match dialled {
@@ -339,7 +349,11 @@ mod tests {
         };
         let (theirs, ours) = (tcp("0.0.0.0:5556", 8), tcp("127.0.0.1:1", 2));
         let control = "10.1.2.3:5555".parse().unwrap();
-        let remote = theirs.remote(&ours, SessionId(1), Token([0; 16]), Some(control));
+        let keys = Keys {
+            token: Token([0; 16]),
+            secrets: None,
+        };
+        let remote = theirs.remote(&ours, SessionId(1), keys, Some(control));
         let Remote::Tcp(remote) = remote else {
             panic!("not TCP")
         };

@@ -352,7 +352,11 @@ impl Output {
 
 /// A free port of the loopback interface, unless `args` say something else.
 fn default_address(flag: &str, args: &[&str]) -> Option<String> {
-    let given = args.iter().any(|arg| arg.starts_with(flag));
+    let value = |arg: &&str| {
+        arg.strip_prefix(flag)
+            .is_some_and(|rest| rest.starts_with('='))
+    };
+    let given = args.iter().any(value);
     (!given).then(|| format!("{flag}=127.0.0.1:0"))
 }
 

@@ -194,6 +194,7 @@ async fn start(
     let node = Node::new(Parts {
         name: name.to_owned(),
         preference: setup.preference.parse().expect("a preference"),
+        data_security: Default::default(),
         liveness: setup.liveness,
         stall: setup.stall,
         transports,

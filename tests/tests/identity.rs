@@ -20,6 +20,8 @@ use genie_dataplane::tcp::frame::{HELLO_LEN, Hello as DataHello, Verdict};
 use genie_tests::model::{self, Tensor};
 use genie_tests::{Agent, GENEROUS, Output, Running, eventually, genie_command};
 use rustix::process::Signal;
+use rustls::pki_types::CertificateDer;
+use rustls::pki_types::pem::PemObject;
 
 /// A CA in a folder of its own.
 struct Authority(PathBuf);
@@ -207,6 +209,42 @@ fn an_agent_refuses_credentials_that_are_not_its_own() {
     fails_to_start(folder.path(), "c", &missing).assert_fails_with("/nonexistent");
 }
 
+/// TLS by the book, believing the right CA, with no certificate to show.
+#[tokio::test]
+async fn a_tls_client_without_a_certificate_is_refused() {
+    use tokio::io::AsyncReadExt;
+    let folder = tempfile::tempdir().unwrap();
+    let ca = Authority::new(folder.path(), "ca");
+    let b = start(folder.path(), "b", &ca.issue("b"), &[]);
+    let mut roots = rustls::RootCertStore::empty();
+    let pem = ca.0.join("ca.pem");
+    roots
+        .add(CertificateDer::from_pem_file(&pem).unwrap())
+        .unwrap();
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let client = rustls::ClientConfig::builder_with_provider(provider)
+        .with_protocol_versions(&[&rustls::version::TLS13])
+        .unwrap()
+        .with_root_certificates(roots)
+        .with_no_client_auth();
+    let connector = tokio_rustls::TlsConnector::from(Arc::new(client));
+    let stream = tokio::net::TcpStream::connect(b.listen).await.unwrap();
+    let name = rustls::pki_types::ServerName::try_from("b").unwrap();
+    // In TLS 1.3 the refusal comes after the client's own handshake is done.
+    let mut stream = connector.connect(name, stream).await.unwrap();
+    let mut answer = Vec::new();
+    let refused = stream.read_to_end(&mut answer).await.unwrap_err();
+    let alert = refused.get_ref().unwrap().downcast_ref::<rustls::Error>();
+    let required = rustls::AlertDescription::CertificateRequired;
+    assert_eq!(alert, Some(&rustls::Error::AlertReceived(required)));
+    assert!(answer.is_empty(), "{answer:?}");
+    drop(stream);
+    eventually("the refusal is counted", || {
+        (b.status()["identity"]["refused_peers"] == 1).then_some(())
+    });
+    assert!(b.log().contains("no certificate was shown"), "{}", b.log());
+}
+
 #[test]
 fn a_name_that_is_not_allowed_opens_no_session() {
     let folder = tempfile::tempdir().unwrap();
@@ -371,6 +409,7 @@ fn hello(name: &str, instance: u8) -> Message {
         }],
         liveness_ms: 30_000,
         range_bytes: None,
+        data_security: Default::default(),
     })
 }
 
@@ -402,10 +441,11 @@ impl Peer {
             transport: Transport::Tcp,
             session: ours,
             token: Some(Token([1; 16])),
+            salt: None,
         };
         frame::write(&mut stream, &ask).await.unwrap();
         let theirs = match frame::read(&mut stream, frame::BODY_MAX).await.unwrap() {
-            Message::Trying { session } => session,
+            Message::Trying { session, .. } => session,
             other => panic!("{other:?}"),
         };
         let data = b.data.unwrap();

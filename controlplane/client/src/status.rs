@@ -168,6 +168,8 @@ pub struct SessionStatus {
     pub direction: String,
     /// The path it takes.
     pub path: String,
+    /// Whether its packets are encrypted and authenticated.
+    pub sealed: bool,
     /// Why that one is lost, while another is being opened.
     pub lost: Option<String>,
     /// How often the path changed.

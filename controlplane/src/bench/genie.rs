@@ -13,6 +13,7 @@ use super::measure::{Carrier, Slot};
 use super::message::{Reply, Request, Setup, Usage};
 use super::pool::{Layout, Memory, Pool};
 use super::window::Window;
+use crate::transport::Keys;
 use crate::transport::Local;
 
 /// A session between this process and the other one.
@@ -142,8 +143,11 @@ pub fn open_path(
     token: [u8; 16],
     dialled: Option<std::net::SocketAddr>,
 ) -> Result<(), BenchError> {
-    let token = genie_dataplane::tcp::Token(token);
-    let remote = remote.remote(&node.local, session, token, dialled);
+    let keys = Keys {
+        token: genie_dataplane::tcp::Token(token),
+        secrets: None,
+    };
+    let remote = remote.remote(&node.local, session, keys, dialled);
     let (endpoint, ours) = (node.endpoint.clone(), node.session);
     let opening = std::pin::pin!(endpoint.open(ours, remote));
     node.wait(opening)??;

@@ -248,10 +248,11 @@ fn session(text: &mut String, session: &SessionStatus) {
     line(
         text,
         &format!(
-            "  {} ({}) over {}, up {:.0} s, {} requests, instance {}",
+            "  {} ({}) over {}{}, up {:.0} s, {} requests, instance {}",
             session.peer,
             session.direction,
             session.path,
+            if session.sealed { " (sealed)" } else { "" },
             session.up_seconds,
             session.requests,
             session.instance

@@ -397,6 +397,7 @@ fn a_peer_is_shown_with_its_path_and_the_reasons_for_it() {
         instance: "1".to_owned(),
         direction: "dialled".to_owned(),
         path: "tcp".to_owned(),
+        sealed: false,
         lost: None,
         path_changes: 0,
         changes: Vec::new(),

@@ -7,8 +7,9 @@ use std::io;
 use std::pin::Pin;
 use std::task::{Context, Poll};
 
-use genie_dataplane::SessionId;
 use genie_dataplane::tcp::Token;
+use genie_dataplane::{Secret, SessionId};
+use ring::hkdf;
 use rustls::pki_types::ServerName;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
 use tokio::net::TcpStream;
@@ -16,6 +17,7 @@ use tokio_rustls::TlsStream;
 
 use super::credentials::{Chain, Credentials, explain, explain_io};
 use crate::frame::{FrameError, preamble};
+use crate::security::Salts;
 
 /// Type of TLS records that carry a handshake (RFC 8446, section 5.1).
 const TLS_HANDSHAKE: u8 = 22;
@@ -23,6 +25,10 @@ const TLS_HANDSHAKE: u8 = 22;
 /// Of the exporter (RFC 8446, section 7.5); RFC 5705 keeps labels that begin
 /// so for private use.
 const TOKEN_LABEL: &[u8] = b"EXPERIMENTAL genie data token";
+
+/// Of the secrets of sealed packets, by direction.
+const TO_ACCEPTOR: &[u8] = b"genie dpdk d->a";
+const TO_DIALLER: &[u8] = b"genie dpdk a->d";
 
 /// What is read of somebody who was turned away, so that the kernel does not
 /// throw our last words after its.
@@ -53,6 +59,27 @@ impl PathKeys {
         let mut token = [0; 16];
         token.copy_from_slice(&tag.as_ref()[..16]);
         Token(token)
+    }
+
+    /// What packets from the dialler, and to it, are sealed with on a path
+    /// between these two sessions: HKDF-Expand (RFC 5869) with SHA-256.
+    pub fn secrets(&self, dialler: SessionId, acceptor: SessionId, salts: Salts) -> [Secret; 2] {
+        let prk = hkdf::Prk::new_less_safe(hkdf::HKDF_SHA256, &self.0);
+        let (ours, theirs) = (dialler.0.to_be_bytes(), acceptor.0.to_be_bytes());
+        [TO_ACCEPTOR, TO_DIALLER].map(|label| {
+            let info = [
+                label,
+                &ours[..],
+                &theirs[..],
+                &salts.dialler.0[..],
+                &salts.acceptor.0[..],
+            ];
+            let mut secret = Secret([0; 32]);
+            prk.expand(&info, hkdf::HKDF_SHA256)
+                .and_then(|expanded| expanded.fill(&mut secret.0))
+                .expect("HKDF gives as many bytes as its hash has");
+            secret
+        })
     }
 }
 
@@ -269,5 +296,32 @@ pub fn late_refusal(error: &FrameError) -> Option<String> {
     match error.get_ref()?.downcast_ref::<rustls::Error>()? {
         alert @ rustls::Error::AlertReceived(_) => Some(explain(alert)),
         _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::security::Salt;
+    use std::collections::HashSet;
+
+    #[test]
+    fn every_direction_of_every_attempt_has_a_secret_of_its_own() {
+        let (one, other) = (PathKeys([1; 32]), PathKeys([2; 32]));
+        let salts = |dialler, acceptor| Salts {
+            dialler: Salt([dialler; 16]),
+            acceptor: Salt([acceptor; 16]),
+        };
+        let (a, b) = (SessionId(1), SessionId(2));
+        let attempts = [
+            one.secrets(a, b, salts(1, 2)),
+            one.secrets(b, a, salts(1, 2)),
+            one.secrets(a, b, salts(2, 1)),
+            one.secrets(a, b, salts(1, 3)),
+            other.secrets(a, b, salts(1, 2)),
+        ];
+        let secrets: HashSet<_> = attempts.iter().flatten().map(|secret| secret.0).collect();
+        assert_eq!(secrets.len(), 10);
+        assert_eq!(one.secrets(a, b, salts(1, 2)), attempts[0]);
     }
 }

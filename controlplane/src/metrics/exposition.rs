@@ -187,6 +187,20 @@ fn engines(page: &mut Page, transports: &[TransportStatus]) {
             engine.dropped as f64,
         );
     }
+    page.counter(
+        "genie_sealed_dropped_total",
+        "Packets of sealed sessions dropped because they were not the peer's, by cause.",
+    );
+    for (path, engine) in &engines {
+        for (cause, packets) in [
+            ("forged", engine.sealed.forged),
+            ("replayed", engine.sealed.replayed),
+            ("old_epoch", engine.sealed.old_epoch),
+        ] {
+            let labels = [("path", *path), ("cause", cause)];
+            page.sample("genie_sealed_dropped_total", &labels, packets as f64);
+        }
+    }
 }
 
 fn ports(page: &mut Page, transports: &[TransportStatus]) {

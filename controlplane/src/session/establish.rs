@@ -7,7 +7,7 @@ use std::time::Duration;
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 
-use super::path::{Draft, Line, Opener};
+use super::path::{Asked, Draft, Line, Opener};
 use super::{Agreed, Direction, Path, Peer, Session, SessionError, kind, show_refusals};
 use crate::devices::agreed_range;
 use crate::frame::{self, FrameError};
@@ -157,6 +157,7 @@ fn facts(hello: &Hello, control: Option<SocketAddr>, stream: &ControlStream) -> 
         offers: hello.offers.clone(),
         control,
         keys: stream.path_keys(),
+        data_security: hello.data_security,
     }
 }
 
@@ -266,10 +267,17 @@ impl Talk<'_> {
                     transport,
                     session,
                     token,
+                    salt,
                 } => {
                     // Closes the one before, if any.
                     drop(opened.take());
-                    opened = opener.answer(self, transport, session, token).await?;
+                    let asked = Asked {
+                        transport,
+                        session,
+                        token,
+                        salt,
+                    };
+                    opened = opener.answer(self, asked).await?;
                 }
                 Message::Chosen { refused } => match opened.take() {
                     Some(draft) => return Ok((draft.keep(FIRST), refused)),
@@ -488,6 +496,7 @@ mod tests {
                 transport: Transport::Dpdk,
                 session: SessionId(1),
                 token: Some(Token([0; 16])),
+                salt: None,
             };
             // Always busy, never done.
             loop {

@@ -11,18 +11,19 @@ use std::sync::Arc;
 use std::task::Poll;
 use std::time::Duration;
 
-use genie_dataplane::SessionId;
 use genie_dataplane::endpoint::Endpoint;
 use genie_dataplane::engine::Remote;
 use genie_dataplane::tcp::Token;
+use genie_dataplane::{Secrets, SessionId};
 use tokio::time::timeout;
 
 use super::{SessionError, kind};
 use crate::identity::stream::PathKeys;
 use crate::message::Message;
-use crate::negotiation::{Plan, Side, plan};
+use crate::negotiation::{Plan, Refusal, Side, plan};
 use crate::node::{Node, random};
-use crate::transport::{Engine, Local, Offer, Preference, Transport};
+use crate::security::{self, DataSecurity, Demand, Salt, Salts};
+use crate::transport::{Engine, Keys, Local, Offer, Preference, Transport};
 
 /// A path of a session.
 #[derive(Clone, Debug)]
@@ -39,6 +40,8 @@ pub struct Path {
     pub session: SessionId,
     /// Round trip when it was opened.
     pub round_trip: Duration,
+    /// Whether its packets are encrypted and authenticated.
+    pub sealed: bool,
 }
 
 /// What must be known of a peer to open a path to it.
@@ -54,12 +57,39 @@ pub struct Peer {
     pub control: Option<SocketAddr>,
     /// What both ends make tokens from, under TLS.
     pub keys: Option<PathKeys>,
+    /// What it demands of paths.
+    pub data_security: DataSecurity,
+}
+
+/// What a dialler asks for with a `Try`.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Asked {
+    pub(super) transport: Transport,
+    pub(super) session: SessionId,
+    pub(super) token: Option<Token>,
+    pub(super) salt: Option<Salt>,
 }
 
 impl Peer {
     fn token(&self, dialler: SessionId, acceptor: SessionId) -> Option<Token> {
         let keys = self.keys.as_ref()?;
         Some(keys.token(dialler, acceptor))
+    }
+
+    /// What packets are sealed with at the dialler's end, if both ends have a
+    /// part in it.
+    fn secrets(
+        &self,
+        dialler: (SessionId, Option<Salt>),
+        acceptor: (SessionId, Option<Salt>),
+    ) -> Option<Secrets> {
+        let salts = Salts {
+            dialler: dialler.1?,
+            acceptor: acceptor.1?,
+        };
+        let keys = self.keys.as_ref()?;
+        let [send, receive] = keys.secrets(dialler.0, acceptor.0, salts);
+        Some(Secrets { send, receive })
     }
 }
 
@@ -102,7 +132,34 @@ impl Opener<'_> {
             preference: &self.peer.preference,
             offers: &self.peer.offers,
         };
-        plan(dialler, acceptor)
+        let mut plan = plan(dialler, acceptor);
+        plan.candidates.retain(|transport| {
+            let refused = self.seals(*transport).err();
+            let transport = *transport;
+            let admitted = refused.is_none();
+            plan.refused
+                .extend(refused.map(|reason| Refusal { transport, reason }));
+            admitted
+        });
+        plan
+    }
+
+    /// Whether packets over this transport are sealed, or why it is out of the question.
+    fn seals(&self, transport: Transport) -> Result<bool, String> {
+        let ours = Demand {
+            name: &self.node.name,
+            security: self.node.data_security,
+        };
+        let theirs = Demand {
+            name: &self.peer.name,
+            security: self.peer.data_security,
+        };
+        security::agree([ours, theirs], self.peer.keys.is_some(), transport)
+    }
+
+    /// This end's part in the keys of a path that is to be sealed.
+    fn salt(&self, sealed: bool) -> Option<Salt> {
+        sealed.then(|| Salt(random()))
     }
 
     /// The dialler's part; the inner error says why there is no such path.
@@ -120,18 +177,24 @@ impl Opener<'_> {
         if let Some(reason) = engine.local.refuses(local) {
             return Ok(Err(reason));
         }
+        let sealed = match self.seals(transport) {
+            Ok(sealed) => sealed,
+            Err(reason) => return Ok(Err(reason)),
+        };
         let session = engine.endpoint.new_session(u32::from_ne_bytes(random()));
-        let mut draft = Draft::new(engine, session);
+        let mut draft = Draft::new(engine, session, sealed);
+        let salt = self.salt(sealed);
         let sent = self.peer.keys.is_none().then(|| Token(random()));
         line.send(Message::Try {
             transport,
             session,
             token: sent,
+            salt,
         })
         .await?;
         let limit = self.open_limit() + self.node.liveness;
-        let theirs = match line.recv(limit).await? {
-            Message::Trying { session } => session,
+        let (theirs, their_salt) = match line.recv(limit).await? {
+            Message::Trying { session, salt } => (session, salt),
             Message::TryRefused { reason } => {
                 return Ok(Err(format!("node '{}': {reason}", self.peer.name)));
             }
@@ -139,7 +202,16 @@ impl Opener<'_> {
         };
         let token = self.peer.token(session, theirs).or(sent);
         let token = token.expect("derived under TLS, made otherwise");
-        let remote = local.remote(&engine.local, theirs, token, self.peer.control);
+        let secrets = self.peer.secrets((session, salt), (theirs, their_salt));
+        if secrets.is_some() != sealed {
+            // A build that does not know of sealed packets, or means to send plain ones.
+            return Err(SessionError::Unexpected {
+                peer: self.peer.name.clone(),
+                what: "Trying without a salt".to_owned(),
+            });
+        }
+        let keys = Keys { token, secrets };
+        let remote = local.remote(&engine.local, theirs, keys, self.peer.control);
         let opened = self.open(engine, session, remote).await;
         let answer = match line.recv(limit).await? {
             Message::Opened { result } => result,
@@ -159,10 +231,9 @@ impl Opener<'_> {
     pub(super) async fn answer(
         &self,
         line: &mut impl Line,
-        transport: Transport,
-        theirs: SessionId,
-        sent: Option<Token>,
+        asked: Asked,
     ) -> Result<Option<Draft>, SessionError> {
+        let (transport, theirs) = (asked.transport, asked.session);
         let allowed = self.node.preference.allows(transport);
         let engine = self.node.transports.engine(transport).filter(|_| allowed);
         let (Some(engine), Some(local)) = (engine, find_local(&self.peer.offers, transport)) else {
@@ -170,20 +241,38 @@ impl Opener<'_> {
             line.send(Message::TryRefused { reason }).await?;
             return Ok(None);
         };
+        let sealed = match self.seals(transport) {
+            Ok(true) if asked.salt.is_none() => Err(format!(
+                "packets would not be sealed, which node '{}' demands",
+                self.node.name
+            )),
+            sealed => sealed,
+        };
+        let sealed = match sealed {
+            Ok(sealed) => sealed,
+            Err(reason) => {
+                line.send(Message::TryRefused { reason }).await?;
+                return Ok(None);
+            }
+        };
         let session = engine.endpoint.new_session(u32::from_ne_bytes(random()));
-        let mut draft = Draft::new(engine, session);
+        let mut draft = Draft::new(engine, session, sealed);
+        let salt = self.salt(sealed);
         // Under TLS what was sent does not count.
-        let Some(token) = self.peer.token(theirs, session).or(sent) else {
+        let Some(token) = self.peer.token(theirs, session).or(asked.token) else {
             return Err(SessionError::Unexpected {
                 peer: self.peer.name.clone(),
                 what: "Try without a token".to_owned(),
             });
         };
-        let remote = local.remote(&engine.local, theirs, token, None);
+        let secrets = self.peer.secrets((theirs, asked.salt), (session, salt));
+        let secrets = secrets.map(Secrets::of_the_other_end);
+        let keys = Keys { token, secrets };
+        let remote = local.remote(&engine.local, theirs, keys, None);
         let mut open = pin!(self.open(engine, session, remote));
         // The engine must expect the path before the dialler hears that it may open it.
         let early = poll_fn(|context| Poll::Ready(open.as_mut().poll(context))).await;
-        line.send(Message::Trying { session }).await?;
+        line.send(Message::Trying { session, salt }).await?;
         let opened = match early {
             Poll::Ready(opened) => opened,
             Poll::Pending => open.await,
@@ -225,7 +314,7 @@ impl Opener<'_> {
 }
 
 impl Draft {
-    fn new(engine: &Engine, session: SessionId) -> Self {
+    fn new(engine: &Engine, session: SessionId, sealed: bool) -> Self {
         let path = Path {
             number: 1,
             transport: engine.transport,
@@ -233,6 +322,7 @@ impl Draft {
             endpoint: engine.endpoint.clone(),
             session,
             round_trip: Duration::ZERO,
+            sealed,
         };
         Self { path: Some(path) }
     }

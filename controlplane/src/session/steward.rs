@@ -15,7 +15,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::time::{sleep_until, timeout};
 
 use super::comeback::{Comeback, Verdict};
-use super::path::{Draft, Line, Opener, Peer};
+use super::path::{Asked, Draft, Line, Opener, Peer};
 use super::route::Stage;
 use super::{Direction, Session, SessionError, show_refusals};
 use crate::message::Message;
@@ -306,6 +306,7 @@ impl Steward {
                     transport,
                     session,
                     token,
+                    salt,
                 }) => {
                     // Closes the one before, if any.
                     drop(draft.take());
@@ -317,7 +318,13 @@ impl Steward {
                         session: &self.session,
                         inbox: &mut self.inbox,
                     };
-                    draft = opener.answer(&mut line, transport, session, token).await?;
+                    let asked = Asked {
+                        transport,
+                        session,
+                        token,
+                        salt,
+                    };
+                    draft = opener.answer(&mut line, asked).await?;
                 }
                 Some(Message::Chosen { refused }) => match draft.take() {
                     Some(draft) => {

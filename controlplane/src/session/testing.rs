@@ -16,6 +16,7 @@ pub(crate) fn node() -> Arc<Node> {
     Node::new(crate::node::Parts {
         name: "a".into(),
         preference: crate::transport::Preference::default(),
+        data_security: Default::default(),
         liveness: Duration::from_millis(50),
         stall: STALL,
         transports: Default::default(),
@@ -56,6 +57,7 @@ pub(crate) fn session(direction: Direction) -> (Arc<Session>, mpsc::Receiver<Mes
         session: endpoint.new_session(1),
         endpoint,
         round_trip: Duration::ZERO,
+        sealed: false,
     };
     let session = Arc::new(Session {
         peer: "b".into(),

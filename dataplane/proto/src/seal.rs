@@ -268,6 +268,16 @@ impl Secret {
     }
 }
 
+impl Secrets {
+    /// What the other end of the path has.
+    pub fn of_the_other_end(self) -> Self {
+        Self {
+            send: self.receive,
+            receive: self.send,
+        }
+    }
+}
+
 impl fmt::Debug for Secret {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("Secret(…)")

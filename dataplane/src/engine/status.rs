@@ -30,6 +30,8 @@ pub struct Snapshot {
     pub received_bytes: u64,
     /// Packets or frames dropped because they were bad, by nobody's session.
     pub dropped: u64,
+    /// Packets that were not the peer's, of all sealed sessions so far.
+    pub sealed: SealedSnapshot,
     /// Open sessions.
     pub sessions: Vec<SessionSnapshot>,
 }
@@ -62,6 +64,17 @@ pub struct SealedSnapshot {
     pub replayed: u64,
     /// Of an epoch whose key was dropped.
     pub old_epoch: u64,
+}
+
+impl SealedSnapshot {
+    /// Both together.
+    pub fn plus(self, other: Self) -> Self {
+        Self {
+            forged: self.forged + other.forged,
+            replayed: self.replayed + other.replayed,
+            old_epoch: self.old_epoch + other.old_epoch,
+        }
+    }
 }
 
 /// Where an engine leaves its latest [`Snapshot`].

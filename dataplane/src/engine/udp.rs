@@ -20,7 +20,10 @@ use serde::{Deserialize, Serialize};
 use super::frame::{self, Head, Parsed};
 use super::idle::{Bed, Idle, Rest};
 use super::link::Link;
-use super::{Command, Completion, FailReason, OpenError, OperationId, Outbox, Receiver, Status};
+use super::{
+    Command, Completion, FailReason, OpenError, OperationId, Outbox, Receiver, SealedSnapshot,
+    Status,
+};
 use crate::device::{BURST_MAX, Capabilities, Device, HEAD_MAX, TxFrame};
 use crate::endpoint::{Endpoint, EnginePorts, Running};
 use crate::memory::{RegionError, View};
@@ -198,6 +201,8 @@ struct Totals {
     received_bytes: u64,
     /// Bytes that sessions copied which have ended.
     copied_bytes: u64,
+    /// Packets of sealed sessions which have ended that were not their peers'.
+    sealed: SealedSnapshot,
 }
 
 /// More unanswered questions than this at once are somebody's flood.
@@ -483,10 +488,14 @@ impl<D: Device> Engine<D> {
             snapshot.received_bytes = core.totals.received_bytes;
             snapshot.copies = device.copies();
             snapshot.copies.genie += core.totals.copied_bytes;
+            snapshot.sealed = core.totals.sealed;
             snapshot.sessions.clear();
             for session in core.sessions.values() {
                 snapshot.copies.genie += session.copied_bytes();
-                snapshot.sessions.push(session.snapshot());
+                let session = session.snapshot();
+                let sealed = session.sealed.unwrap_or_default();
+                snapshot.sealed = snapshot.sealed.plus(sealed);
+                snapshot.sessions.push(session);
             }
         });
     }
@@ -687,6 +696,8 @@ impl Core {
             let keep = !session.is_finished(now);
             if !keep {
                 totals.copied_bytes += session.copied_bytes();
+                let sealed = session.snapshot().sealed.unwrap_or_default();
+                totals.sealed = totals.sealed.plus(sealed);
                 link.forget(session.peer());
             }
             keep
