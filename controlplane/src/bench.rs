@@ -3,16 +3,20 @@
 //! Two processes (or two threads of one) talk over a control connection while
 //! engines move blocks between them. In reading order: [`plan`] (what was
 //! asked for), `run` (one row after another), [`measure`] (the loop and the
-//! clock; knows nothing of what it measures), [`genie`] and [`baseline`] (what
-//! carries blocks), [`peer`] (the other process), [`report`] (the figures).
+//! clock; knows nothing of what it measures), [`genie`], [`agents`] and
+//! [`baseline`] (what carries blocks: engines, programs and their agents, what
+//! others use), [`peer`] (the other process), [`report`] (the figures).
 //! Its rules: a figure is of verified bytes, stands beside a baseline of the
 //! same run, and where there is none there is a reason.
 
 use std::time::Duration;
 
+use genie_client::{BatchError, ClientError, NotOfArena};
 use genie_dataplane::engine::{FailReason, OpenError};
 use genie_dataplane::memory::RegionError;
+use genie_dataplane::memory::accelerator::AcceleratorError;
 
+pub mod agents;
 pub mod baseline;
 pub mod carriers;
 pub mod channel;
@@ -71,6 +75,21 @@ pub enum BenchError {
         /// The first such block.
         block: u64,
     },
+    /// An agent could not be started.
+    #[error("an agent could not be started: {0}")]
+    Agent(String),
+    /// An agent does not do what a program asks.
+    #[error(transparent)]
+    Client(#[from] ClientError),
+    /// A block is not where it should be.
+    #[error(transparent)]
+    Arena(#[from] NotOfArena),
+    /// Blocks do not fit a window.
+    #[error(transparent)]
+    Batch(#[from] BatchError),
+    /// A device's memory cannot be used.
+    #[error(transparent)]
+    Accelerator(#[from] AcceleratorError),
     /// The connection between the two processes.
     #[error("between the two processes: {0}")]
     Channel(#[source] std::io::Error),

@@ -115,6 +115,9 @@ enum Command {
         #[command(flatten)]
         agent: Local,
     },
+    /// An agent that `genie bench` starts: ends with its parent
+    #[command(hide = true)]
+    BenchAgent(Box<AgentArgs>),
     /// Measure what transports carry, beside what this machine can carry
     Bench(Box<BenchArgs>),
 }
@@ -247,6 +250,12 @@ fn run(command: Command, json: bool) -> Result<(), CommandError> {
                 Config::load((*args).clone(), names)
             };
             Ok(agent::run(load()?, load, json)?)
+        }
+        Command::BenchAgent(args) => {
+            // A parent that was killed tells nobody.
+            rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::TERM))
+                .map_err(|errno| CommandError::Signals(errno.into()))?;
+            run(Command::Agent(args), json)
         }
         Command::Put {
             file,

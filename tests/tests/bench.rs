@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use genie_tests::{Running, genie_command};
+use genie_tests::{Agent, Running, genie_command};
 use serde_json::Value;
 
 /// Long enough for short rows on a machine that does other things too.
@@ -123,6 +123,92 @@ fn a_device_that_is_not_there_is_a_row_with_a_reason_and_a_failure() {
     );
 }
 
+/// Rows through agents have what the others have.
+fn assert_through_agents(row: &Value, transport: &str) {
+    assert_eq!(
+        (&row["verified"], &row["error"], &row["transport"]),
+        (&true.into(), &Value::Null, &transport.into()),
+        "{row}"
+    );
+    assert!(number(row, "gb_per_s") > 0.0 && number(row, "cpu_s_per_gb") > 0.0);
+    assert!(number(row, "p50_us") <= number(row, "p999_us"), "{row}");
+    assert!(row["retransmits"].is_u64() && row["copies_per_byte"].is_number());
+    let reasons = row["reasons"].as_array().unwrap();
+    assert!(reasons.contains(&"through agents".into()), "{row}");
+}
+
+#[test]
+fn programs_read_and_write_windows_through_two_agents_started_for_it() {
+    let report = report(&format!(
+        "--spawn --transport tcp --hot --op read,write,send --block-size 4k,1m --batch-size 4 \
+         --threads 2 --check-consistency --baseline none {SHORT}"
+    ));
+    let rows = report["rows"].as_array().unwrap();
+    let by = |op: &'static str| rows.iter().filter(move |row| row["op"] == op);
+    assert_eq!(
+        (rows.len(), by("read").count(), by("write").count()),
+        (6, 2, 2)
+    );
+    for row in by("read").chain(by("write")) {
+        assert_through_agents(row, "tcp");
+        assert_eq!(
+            (&row["threads"], &row["batch_size"]),
+            (&2.into(), &4.into())
+        );
+        assert!(row["device"].as_str().unwrap().contains(" → tcp"), "{row}");
+    }
+    // Engines carry it where they can.
+    assert!(by("send").all(|row| row["device"] == "tcp → tcp" && row["verified"] == true));
+}
+
+#[test]
+fn programs_measure_agents_that_run_and_leave_nothing_there() {
+    let folder = tempfile::tempdir().unwrap();
+    let b = Agent::start(folder.path(), "b", &[]);
+    let a = Agent::start(folder.path(), "a", &[&b.as_peer()]);
+    let report = report(&format!(
+        "--node b --socket {} --hot --block-size 4k --check-consistency --baseline none {SHORT}",
+        a.socket.display()
+    ));
+    let rows = report["rows"].as_array().unwrap();
+    let ops: Vec<_> = rows.iter().map(|row| row["op"].as_str().unwrap()).collect();
+    assert_eq!(ops, ["send", "write", "read"]);
+    for row in rows {
+        assert_through_agents(row, "tcp");
+        assert!(row["name"].as_str().unwrap().starts_with("b "), "{row}");
+    }
+    let store = &b.status()["store"];
+    assert_eq!(
+        (&store["tensors"], &store["used_bytes"]),
+        (&0.into(), &0.into())
+    );
+    let nobody = bench(&format!(
+        "--node c --socket {} --baseline none",
+        a.socket.display()
+    ));
+    nobody.assert_fails_with("rows have no figures");
+}
+
+#[test]
+fn blocks_of_an_accelerator_are_measured_and_called_what_they_are() {
+    let report = report(&format!(
+        "--spawn --transport tcp --memory sim --hot --block-size 4m --check-consistency \
+         --baseline none {SHORT}"
+    ));
+    let rows = report["rows"].as_array().unwrap();
+    assert_eq!(rows.len(), 3);
+    for row in rows {
+        assert_through_agents(row, "tcp");
+        assert_eq!(row["memory"], "sim");
+        assert!(row["name"].as_str().unwrap().contains(" sim "), "{row}");
+        assert!(row["reasons"].to_string().contains("simulated"), "{row}");
+    }
+    assert!(
+        report["notes"].to_string().contains("simulated"),
+        "{report}"
+    );
+}
+
 #[test]
 fn what_is_not_there_by_default_is_said_and_is_no_failure() {
     // Nobody has a raw device of another host's.
@@ -141,7 +227,8 @@ fn what_is_not_there_by_default_is_said_and_is_no_failure() {
 #[test]
 fn what_is_not_built_is_a_usage_error() {
     for (args, reason) in [
-        ("--spawn --op read", "one-sided"),
+        ("--in-process --op read", "--spawn starts two"),
+        ("--node b --op pingpong", "send, read and write"),
         ("--spawn --digest off", "checks every byte"),
         ("--spawn --transport mem", "--in-process"),
         ("--spawn --block-size 0", "--block-size"),

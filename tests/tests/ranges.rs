@@ -680,3 +680,46 @@ fn what_was_fetched_is_not_read_into() {
     });
     assert_eq!(refused, FailureKind::Invalid);
 }
+
+#[test]
+fn whichever_of_several_batches_ends_is_known_and_parts_of_tensors_go_where_they_should() {
+    let folder = tempfile::tempdir().unwrap();
+    let (a, _b) = pair(folder.path());
+    let mut client = connect(&a);
+    let arena = client.arena(1 << 20, Memory::Auto).unwrap();
+    let all = arena.tensor("all", Dtype::U8, &[4096]).unwrap();
+    all.write(0, &pattern(4096, 3));
+    let window = client
+        .create_window(Some("b"), "w", 4096, Memory::Auto)
+        .unwrap();
+    let info = |len| TensorInfo {
+        name: "part".into(),
+        dtype: Dtype::U8,
+        shape: vec![len],
+    };
+    assert!(all.part(info(1), 4096).is_err() && all.part(info(2), u64::MAX).is_err());
+    let mut posted = Vec::new();
+    for start in (0..4096).step_by(1024) {
+        let part = all.part(info(1024), start).unwrap();
+        let mut batch = Batch::write();
+        batch.range(&window, start..start + 1024, &part, 0).unwrap();
+        posted.push(client.post(&batch).unwrap());
+    }
+    eventually("all have ended", || {
+        client.wait_any(Duration::from_millis(100)).unwrap();
+        let ended = posted.iter().all(|one| client.has_ended(one));
+        ended.then_some(())
+    });
+    for one in posted {
+        assert_eq!(client.wait(one).unwrap().bytes, 1024);
+    }
+    // Nothing is under way: then there is nothing to wait for.
+    client.wait_any(GENEROUS * 10).unwrap();
+    let back = arena.tensor("back", Dtype::U8, &[4096]).unwrap();
+    let mut batch = Batch::read();
+    batch.range(&window, 0..4096, &back, 0).unwrap();
+    client.run(&batch).unwrap();
+    let mut bytes = vec![0; 4096];
+    back.read(0, &mut bytes);
+    assert_eq!(bytes, pattern(4096, 3));
+}

@@ -76,7 +76,7 @@ pub enum NotOfArena {
     /// The arena has no room for it.
     #[error(transparent)]
     NoRoom(#[from] NoRoom),
-    /// It lies outside the imported memory.
+    /// It lies outside the memory it should be in.
     #[error("tensor {name:?} of {tensor} bytes at {offset} lies outside memory of {len} bytes")]
     Outside {
         /// Its name.
@@ -197,6 +197,25 @@ impl Tensor {
     /// Length in bytes.
     pub fn len_bytes(&self) -> u64 {
         self.place.len
+    }
+
+    /// Another tensor in its bytes, from `offset` on.
+    pub fn part(&self, info: TensorInfo, offset: u64) -> Result<Tensor, NotOfArena> {
+        let len = info.len_bytes()?;
+        if offset
+            .checked_add(len)
+            .is_none_or(|end| end > self.place.len)
+        {
+            return Err(NotOfArena::Outside {
+                name: info.name,
+                tensor: len,
+                offset,
+                len: self.place.len,
+            });
+        }
+        let mut place = self.place.clone();
+        (place.offset, place.len) = (self.place.offset + offset, len);
+        Ok(Tensor { info, place })
     }
 
     /// Its bytes; none of a tensor in imported memory.

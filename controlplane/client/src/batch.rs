@@ -9,6 +9,7 @@
 use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::Arc;
+use std::time::Duration;
 
 use crate::arena::Tensor;
 use crate::client::{Client, ClientError, Writer};
@@ -295,6 +296,22 @@ impl Client {
         };
         posted.ended = true;
         result.map_err(|Failure { kind, message }| ClientError::Failed { kind, message })
+    }
+
+    /// Waits until some batch of this connection has ended, `limit` at the most.
+    pub fn wait_any(&mut self, limit: Duration) -> Result<(), ClientError> {
+        let mut left = limit;
+        // All that is there already, after the first.
+        while self.batches.under_way() > 0 && self.is_readable(left) {
+            self.recv_batch()?;
+            left = Duration::ZERO;
+        }
+        Ok(())
+    }
+
+    /// Whether [`Client::wait`] for this batch returns at once.
+    pub fn has_ended(&self, posted: &Posted) -> bool {
+        self.batches.ended.contains_key(&posted.request)
     }
 
     /// [`Client::post`] and [`Client::wait`].

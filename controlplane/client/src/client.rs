@@ -11,9 +11,11 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use genie_dataplane::memory::accelerator::{AcceleratorError, MemoryKind};
 use genie_dataplane::memory::{Region, RegionError};
+use rustix::event::{PollFd, PollFlags, Timespec};
 
 use crate::arena::{Arena, Fetched, Hold, Imported, Tensor, Unneeded};
 use crate::batch::{BatchError, Batches};
@@ -499,6 +501,20 @@ impl Client {
 
     pub(crate) fn stream(&self) -> &UnixStream {
         &self.stream
+    }
+
+    /// The agent's process, if it is in this process's namespace.
+    pub fn agent_process(&self) -> Option<u32> {
+        let credentials = rustix::net::sockopt::socket_peercred(&self.stream).ok()?;
+        u32::try_from(credentials.pid.as_raw_nonzero().get()).ok()
+    }
+
+    /// Whether the agent has said something, or does within `limit`.
+    pub(crate) fn is_readable(&self, limit: Duration) -> bool {
+        let mut waits = [PollFd::new(&self.stream, PollFlags::IN)];
+        let limit = Timespec::try_from(limit).ok();
+        // EINTR only ends the wait early.
+        rustix::event::poll(&mut waits, limit.as_ref()).is_ok_and(|ready| ready > 0)
     }
 
     /// What cancels this connection's requests from another thread.

@@ -91,6 +91,15 @@ pub fn cpu_time() -> Duration {
     Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
 }
 
+/// CPU time of a process so far, all its threads, user and kernel, to 10 ms.
+pub fn cpu_time_of(process: u32) -> Option<Duration> {
+    let [user, kernel, ..] = ticks(&format!("/proc/{process}/stat"))?;
+    let per_second = rustix::param::clock_ticks_per_second();
+    Some(Duration::from_secs_f64(
+        (user + kernel) as f64 / per_second as f64,
+    ))
+}
+
 /// Now, UTC, as RFC 3339 writes it.
 pub fn date() -> String {
     let seconds = SystemTime::now()
@@ -146,14 +155,19 @@ fn cache_bytes() -> Option<u64> {
 
 /// Of this process and of its children that have ended.
 fn our_jiffies() -> u64 {
-    let text = read("/proc/self/stat");
+    ticks("/proc/self/stat").map_or(0, |ticks| ticks.iter().sum())
+}
+
+/// User and kernel time of a process, and of its children that have ended.
+fn ticks(path: &str) -> Option<[u64; 4]> {
+    let text = read(path);
     // The name, in parentheses, may hold anything; utime is the 12th behind it.
-    let fields = text
-        .rsplit(')')
-        .next()
-        .unwrap_or_default()
-        .split_whitespace();
-    fields.skip(11).take(4).flat_map(str::parse::<u64>).sum()
+    let mut fields = text.rsplit_once(')')?.1.split_whitespace().skip(11);
+    let mut ticks = [0; 4];
+    for tick in &mut ticks {
+        *tick = fields.next()?.parse().ok()?;
+    }
+    Some(ticks)
 }
 
 fn jiffies() -> Jiffies {

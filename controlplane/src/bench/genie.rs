@@ -3,6 +3,7 @@
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
+use genie_client::Memory;
 use genie_dataplane::endpoint::Transfer;
 use genie_dataplane::{SessionId, TransferId};
 
@@ -11,7 +12,7 @@ use super::carriers::{Kind, LIVENESS, Node, poll};
 use super::channel::Channel;
 use super::measure::{Carrier, Slot};
 use super::message::{Reply, Request, Setup, Usage};
-use super::pool::{Layout, Memory, Pool};
+use super::pool::{Layout, Pool};
 use super::window::Window;
 use crate::transport::Keys;
 use crate::transport::Local;

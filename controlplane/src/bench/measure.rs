@@ -98,6 +98,39 @@ pub fn run(carrier: &mut dyn Carrier, work: &Workload) -> Result<Sample, BenchEr
     })
 }
 
+/// Runs a workload once on every carrier at the same time, each on a thread of
+/// its own; a rate is divided among them.
+pub fn run_together<C: Carrier + Send>(
+    carriers: &mut [C],
+    work: &Workload,
+) -> Result<Sample, BenchError> {
+    let share = Workload {
+        rate: work.rate.map(|rate| rate / carriers.len() as f64),
+        ..work.clone()
+    };
+    if let [only] = carriers {
+        return run(only, &share);
+    }
+    let samples: Vec<Result<Sample, BenchError>> = std::thread::scope(|scope| {
+        let threads: Vec<_> = (carriers.iter_mut())
+            .map(|carrier| scope.spawn(|| run(carrier, &share)))
+            .collect();
+        let joined = threads.into_iter().map(|thread| thread.join());
+        joined
+            .map(|end| end.expect("the measuring loop does not panic"))
+            .collect()
+    });
+    let mut together: Option<Sample> = None;
+    for sample in samples {
+        let sample = sample?;
+        match &mut together {
+            None => together = Some(sample),
+            Some(all) => all.add(&sample),
+        }
+    }
+    Ok(together.expect("there is at least one carrier"))
+}
+
 impl Sample {
     /// Takes in what another thread measured at the same time.
     pub fn add(&mut self, other: &Self) {

@@ -1,12 +1,13 @@
 //! What the two processes of a benchmark say to each other.
 
+use genie_client::Memory;
 use genie_dataplane::ledger::Copies;
 use genie_dataplane::{SessionId, TransferId};
 use serde::{Deserialize, Serialize};
 
 use super::baseline::raw::{Received, Use};
 use super::carriers::Kind;
-use super::pool::{Layout, Memory};
+use super::pool::Layout;
 use crate::transport::Local;
 
 /// What the measuring process asks; answered by one [`Reply`] each, in order.

@@ -5,23 +5,25 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, ValueEnum};
+use genie_client::Memory;
+use genie_client::protocol::{BATCHES_MAX, ParseMemoryError};
+use genie_dataplane::memory::accelerator::MemoryKind;
 
 use super::BenchError;
 use super::baseline::{self, Baseline};
 use super::carriers::Kind;
-use super::pool::Memory;
 use crate::units::{parse_bytes, parse_duration};
 
 /// What is done with blocks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Op {
-    /// From here to the other process
+    /// From here to the other process; through agents: a put
     Send,
     /// There and back, one at a time
     Pingpong,
-    /// One-sided, from the other process's memory
+    /// One-sided, from a window of the other agent's
     Read,
-    /// One-sided, into the other process's memory
+    /// One-sided, into a window of the other agent's
     Write,
 }
 
@@ -58,8 +60,8 @@ pub struct BenchArgs {
     /// Measuring threads, each with engines of its own
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=64))]
     pub threads: u16,
-    /// Where blocks lie
-    #[arg(long, value_enum, default_value_t)]
+    /// Where blocks lie: auto, host, hugepages, cuda:N or sim, which is simulated
+    #[arg(long, value_name = "KIND", default_value_t, value_parser = parse_memory)]
     pub memory: Memory,
     /// Buffers larger than the cache, used in turn
     #[arg(long, conflicts_with = "hot")]
@@ -98,6 +100,9 @@ pub struct BenchArgs {
     /// (default: the kernel's own; over loopback Genie takes cubic)
     #[arg(long, value_delimiter = ',', value_name = "LIST")]
     pub congestion: Vec<String>,
+    /// The agent's socket, for --node
+    #[arg(long, value_name = "PATH", env = "GENIE_SOCKET")]
+    pub socket: Option<PathBuf>,
     /// With --serve: end after one benchmark
     #[arg(long, requires = "serve")]
     pub once: bool,
@@ -125,6 +130,9 @@ pub struct Place {
     /// Be the other process, for one benchmark after another
     #[arg(long, value_name = "ADDR")]
     pub serve: Option<SocketAddr>,
+    /// A peer of the agent that runs here, through which programs' requests go
+    #[arg(long, value_name = "NAME")]
+    pub node: Option<String>,
     /// Two hosts with a bad wire between them, made here (root; see scripts/netns)
     #[arg(long, value_name = "PROFILE")]
     pub lab: Option<String>,
@@ -137,6 +145,8 @@ pub struct Plan {
     pub kinds: Vec<Kind>,
     /// Whether they were asked for: then one that does not work is a failure.
     pub kinds_asked: bool,
+    /// Whether agents that run already carry blocks, as they have agreed.
+    pub through_running: bool,
     /// The rows of each.
     pub rows: Vec<PlannedRow>,
     /// The baselines.
@@ -177,7 +187,7 @@ pub struct PlannedRow {
 impl BenchArgs {
     /// Decides what to measure.
     pub fn plan(&self) -> Result<Plan, BenchError> {
-        self.refuse_unbuilt()?;
+        self.refuse()?;
         let sizes = match (&self.block_size, self.quick) {
             (Some(text), _) => parse_sizes(text)?,
             (None, true) => vec![64, 64 << 10, 16 << 20],
@@ -185,7 +195,9 @@ impl BenchArgs {
         };
         let in_process = [Kind::Dpdk, Kind::Tcp, Kind::Mem];
         let apart = [Kind::Dpdk, Kind::Tcp];
+        let through_running = self.place.node.is_some();
         let kinds = match (self.transport.is_empty(), self.place.in_process) {
+            _ if through_running => Vec::new(),
             (false, _) => self.transport.clone(),
             // One process brings one end of a pair up.
             (true, true) => in_process[1..].to_vec(),
@@ -203,7 +215,8 @@ impl BenchArgs {
             |quick: u64, full: u64| Duration::from_millis(if self.quick { quick } else { full });
         Ok(Plan {
             kinds,
-            kinds_asked: !self.transport.is_empty(),
+            kinds_asked: through_running || !self.transport.is_empty(),
+            through_running,
             rows: self.rows(&sizes),
             baselines,
             baselines_asked: !self.baseline.is_empty(),
@@ -225,10 +238,10 @@ impl BenchArgs {
     }
 
     fn rows(&self, sizes: &[u64]) -> Vec<PlannedRow> {
-        let ops = if self.op.is_empty() {
-            &[Op::Send, Op::Pingpong][..]
-        } else {
-            &self.op
+        let ops = match (self.op.as_slice(), self.only_agents()) {
+            ([], true) => &[Op::Send, Op::Write, Op::Read][..],
+            ([], false) => &[Op::Send, Op::Pingpong],
+            (asked, _) => asked,
         };
         let memory: &[bool] = match (self.cold, self.hot) {
             (true, _) => &[true],
@@ -266,17 +279,13 @@ impl BenchArgs {
         rows
     }
 
-    fn refuse_unbuilt(&self) -> Result<(), BenchError> {
-        if self.op.contains(&Op::Read) {
-            return Err(BenchError::NotBuilt(
-                "--op read: there is no one-sided read yet, a transfer is sent to who asked for it",
-            ));
-        }
-        if self.op.contains(&Op::Write) {
-            return Err(BenchError::NotBuilt(
-                "--op write: there is no one-sided write apart from send, which writes into granted memory",
-            ));
-        }
+    /// Whether no row can be carried by engines alone.
+    fn only_agents(&self) -> bool {
+        self.place.node.is_some() || self.memory.kind() != MemoryKind::Host
+    }
+
+    fn refuse(&self) -> Result<(), BenchError> {
+        self.refuse_agents()?;
         if self.digest == Digest::Off {
             return Err(BenchError::NotBuilt(
                 "--digest off: Genie checks every byte, it has no mode without",
@@ -294,6 +303,63 @@ impl BenchArgs {
             ));
         }
         Ok(())
+    }
+
+    /// What agents cannot be asked.
+    fn refuse_agents(&self) -> Result<(), BenchError> {
+        let one_sided = self.op.contains(&Op::Read) || self.op.contains(&Op::Write);
+        if !one_sided && !self.only_agents() {
+            return Ok(());
+        }
+        let refused = |reason: &str| Err(BenchError::Usage(reason.into()));
+        if !self.place.spawn && self.place.node.is_none() {
+            return refused(
+                "--op read, --op write and an accelerator's --memory go through agents: \
+                 --spawn starts two, --node NAME is a peer of the one that runs here",
+            );
+        }
+        if self.place.node.is_some() && !self.transport.is_empty() {
+            return refused(
+                "--transport: agents that run have agreed on one; restart them with it",
+            );
+        }
+        if self.transport.contains(&Kind::Mem) {
+            return refused("--transport mem joins two engines, no agents: leave it out");
+        }
+        if self.op.contains(&Op::Pingpong) && self.only_agents() {
+            return refused("--op pingpong: programs have send, read and write; leave it out");
+        }
+        let sends = self.op.is_empty() || self.op.contains(&Op::Send);
+        if usize::from(self.batch_size) > 1 && sends && self.only_agents() {
+            return refused(
+                "--batch-size: a program has one put at a time; use --threads, or --op read,write",
+            );
+        }
+        if usize::from(self.batch_size) > BATCHES_MAX {
+            return Err(BenchError::Usage(format!(
+                "--batch-size: a program has at most {BATCHES_MAX} reads and writes at a time"
+            )));
+        }
+        Ok(())
+    }
+}
+
+impl Plan {
+    /// Whether a row's blocks are moved by agents for programs, not by engines
+    /// that this process drives.
+    pub fn through_agents(&self, row: &PlannedRow) -> bool {
+        self.through_running
+            || self.memory.kind() != MemoryKind::Host
+            || matches!(row.op, Op::Read | Op::Write)
+    }
+}
+
+/// Kinds of memory, also as nixlbench's users would write them.
+fn parse_memory(text: &str) -> Result<Memory, ParseMemoryError> {
+    match text {
+        "hugepages" => Ok(Memory::Hugepage),
+        "pages" => Ok(Memory::Host),
+        _ => text.parse(),
     }
 }
 
@@ -369,8 +435,13 @@ mod tests {
     #[test]
     fn what_is_not_built_is_refused_and_says_why() {
         for (line, word) in [
-            ("--spawn --op read", "one-sided"),
-            ("--spawn --op write", "one-sided"),
+            ("--in-process --op read", "--spawn starts two"),
+            ("--peer 127.0.0.1:1 --memory sim", "--spawn starts two"),
+            ("--spawn --memory sim --op pingpong", "send, read and write"),
+            ("--spawn --memory sim --batch-size 2", "one put at a time"),
+            ("--spawn --op write --batch-size 65", "at most 64"),
+            ("--node b --transport tcp", "have agreed"),
+            ("--spawn --memory tape", "no kind of memory"),
             ("--spawn --digest off", "checks every byte"),
             ("--spawn --threads 0", "0 is not in 1..=64"),
             ("--spawn --transport mem", "--in-process"),
@@ -381,6 +452,23 @@ mod tests {
             let refused = plan(line).expect_err(line);
             assert!(refused.contains(word), "{line}: {refused}");
         }
+    }
+
+    #[test]
+    fn what_engines_cannot_do_goes_through_agents() {
+        let of = |line: &str| {
+            let plan = plan(line).unwrap();
+            let rows = plan.rows.iter();
+            rows.map(|row| (row.op, plan.through_agents(row)))
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(
+            of("--spawn --hot --block-size 4k --op send,read"),
+            [(Op::Send, false), (Op::Read, true)]
+        );
+        let all = [(Op::Send, true), (Op::Write, true), (Op::Read, true)];
+        assert_eq!(of("--spawn --hot --block-size 4k --memory sim"), all);
+        assert_eq!(of("--node b --hot --block-size 4k"), all);
     }
 
     #[test]

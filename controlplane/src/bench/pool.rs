@@ -4,8 +4,10 @@
 //! `n % count` at either end. So what must have arrived is known without
 //! asking: the pattern of the row at that place.
 
+use std::ops::Range;
 use std::sync::Arc;
 
+use genie_client::Memory;
 use genie_dataplane::memory::{Backing, Lease, Region, View};
 use serde::{Deserialize, Serialize};
 
@@ -35,19 +37,6 @@ pub struct Layout {
     pub posted: u64,
     /// Tells this row's pattern from any other's.
     pub salt: u64,
-}
-
-/// Where memory comes from.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
-#[serde(rename_all = "lowercase")]
-pub enum Memory {
-    /// Huge pages where there are enough, else ordinary ones.
-    #[default]
-    Auto,
-    /// Huge pages of 2 MiB only.
-    Hugepages,
-    /// Ordinary pages.
-    Pages,
 }
 
 /// One end's memory for all rows.
@@ -81,6 +70,24 @@ impl Layout {
         number % self.count * self.stride()
     }
 
+    /// The blocks to compare when `blocks` were moved and `bytes_max` are to be
+    /// compared at either end of them: the first of them, and the last.
+    pub fn checked(&self, blocks: u64, bytes_max: u64) -> [Range<u64>; 2] {
+        let count = blocks.min(self.count);
+        let few = (bytes_max / self.block_size.max(1)).max(1).min(count);
+        [0..few, few.max(count - few)..count]
+    }
+
+    /// The bytes of these blocks; their buffers are neighbours.
+    pub fn range(&self, blocks: &Range<u64>) -> Range<u64> {
+        match blocks.end.checked_sub(1) {
+            Some(last) if !blocks.is_empty() => {
+                self.offset(blocks.start)..self.offset(last) + self.block_size
+            }
+            _ => 0..0,
+        }
+    }
+
     fn stride(&self) -> u64 {
         self.block_size.next_multiple_of(ALIGN).max(ALIGN)
     }
@@ -91,9 +98,10 @@ impl Pool {
     pub fn new(bytes: u64, memory: Memory) -> Result<Self, BenchError> {
         let len = usize::try_from(bytes.max(1)).map_err(|_| BenchError::TooLarge(bytes))?;
         let region: Arc<Region> = match memory {
-            Memory::Auto => Region::allocate(len)?.0,
-            Memory::Hugepages => Region::with_backing(len, Backing::HUGE_2M)?,
-            Memory::Pages => Region::with_backing(len, Backing::Shmem)?,
+            Memory::Hugepage => Region::with_backing(len, Backing::HUGE_2M)?,
+            Memory::Host => Region::with_backing(len, Backing::Shmem)?,
+            // A device's memory is reached through agents; what is beside it is anywhere.
+            Memory::Auto | Memory::Cuda(_) | Memory::Sim => Region::allocate(len)?.0,
         };
         Ok(Self {
             whole: Lease::whole(region),
@@ -129,42 +137,52 @@ impl Pool {
 
     /// Writes the row's pattern into all its buffers.
     pub fn fill(&self, layout: &Layout) {
-        let mut piece = vec![0; PIECE];
         let end = layout.bytes().min(self.len());
-        for start in (0..end).step_by(PIECE) {
-            let len = (PIECE as u64).min(end - start) as usize;
-            pattern(layout.salt, start, &mut piece[..len]);
-            self.whole
-                .write_at(start as usize, View::from(&piece[..len]));
-        }
+        let used = self.whole.slice(0..end).expect("no longer than all of it");
+        fill(&used, layout.salt, 0);
     }
 
     /// Compares the first `blocks` of a row with its pattern, up to `bytes_max`
     /// from either end of them; returns how many were looked at, or which is wrong.
     pub fn check(&self, layout: &Layout, blocks: u64, bytes_max: u64) -> Result<u64, BenchError> {
-        let count = blocks.min(layout.count);
-        let few = (bytes_max / layout.block_size.max(1)).max(1);
-        let (mut is, mut should) = (vec![0; PIECE], vec![0; PIECE]);
         let mut checked = 0;
-        for number in
-            (0..count).filter(|number| *number < few || *number >= count.saturating_sub(few))
-        {
-            let (start, end) = (
-                layout.offset(number),
-                layout.offset(number) + layout.block_size,
-            );
-            for at in (start..end).step_by(PIECE) {
-                let len = (PIECE as u64).min(end - at) as usize;
-                self.whole.read_at(at as usize, &mut is[..len]);
-                pattern(layout.salt, at, &mut should[..len]);
-                if is[..len] != should[..len] {
-                    return Err(BenchError::Inconsistent { block: number });
-                }
+        for block in layout.checked(blocks, bytes_max).into_iter().flatten() {
+            let bytes = self.block(layout, block)?;
+            if !is_pattern(&bytes, layout.salt, layout.offset(block)) {
+                return Err(BenchError::Inconsistent { block });
             }
             checked += 1;
         }
         Ok(checked)
     }
+}
+
+impl From<Lease> for Pool {
+    /// Memory that is there already.
+    fn from(whole: Lease) -> Self {
+        Self { whole }
+    }
+}
+
+/// Writes what the pattern of `salt` has from place `from` on, a multiple of 8.
+pub fn fill(lease: &Lease, salt: u64, from: u64) {
+    let mut piece = vec![0; PIECE.min(lease.len())];
+    for start in (0..lease.len()).step_by(PIECE) {
+        let len = PIECE.min(lease.len() - start);
+        pattern(salt, from + start as u64, &mut piece[..len]);
+        lease.write_at(start, View::from(&piece[..len]));
+    }
+}
+
+/// Whether the bytes are those of the pattern of `salt` from place `from` on.
+pub fn is_pattern(lease: &Lease, salt: u64, from: u64) -> bool {
+    let (mut is, mut should) = (vec![0; PIECE], vec![0; PIECE]);
+    (0..lease.len()).step_by(PIECE).all(|start| {
+        let len = PIECE.min(lease.len() - start);
+        lease.read_at(start, &mut is[..len]);
+        pattern(salt, from + start as u64, &mut should[..len]);
+        is[..len] == should[..len]
+    })
 }
 
 /// The bytes at `offset`, a multiple of 8, of the pattern of `salt`.
@@ -197,7 +215,7 @@ mod tests {
     #[test]
     fn one_wrong_byte_is_found_and_another_rows_pattern_is_wrong() {
         let layout = Layout::new(1000, 2, None, 1);
-        let pool = Pool::new(layout.bytes(), Memory::Pages).unwrap();
+        let pool = Pool::new(layout.bytes(), Memory::Host).unwrap();
         pool.fill(&layout);
         assert_eq!(pool.check(&layout, 100, u64::MAX).unwrap(), 100);
         assert!(

@@ -66,13 +66,14 @@ pub struct Environment {
 pub struct Row {
     /// What it is: unique among the rows and baselines of a run.
     pub name: String,
-    /// `send`, `pingpong`, `memcpy`, `frames` or `stream`.
+    /// `send`, `pingpong`, `read`, `write`, `memcpy`, `frames` or `stream`.
     pub op: String,
-    /// `tcp`, `dpdk`, `mem` or `none`.
+    /// `shm`, `tcp`, `dpdk`, `mem` or `none`.
     pub transport: String,
-    /// The drivers of both ends, such as `net_vhost → net_virtio_user`.
+    /// The drivers of both ends, such as `net_vhost → net_virtio_user`, or the
+    /// paths of both agents.
     pub device: Option<String>,
-    /// `hugepages` or `pages`.
+    /// `hugepages`, `pages`, or the accelerator whose memory it is.
     pub memory: Option<String>,
     /// Whether buffers were larger than the cache and used in turn.
     pub cold: bool,

@@ -2,13 +2,15 @@
 
 use std::io::Write;
 
+use genie_client::Memory;
+use genie_dataplane::memory::accelerator::MemoryKind;
 use indicatif::{ProgressBar, ProgressStyle};
 
 use super::carriers::Kind;
 use super::environment::{self, Watch, cpu_time};
 use super::figures::{account, figures};
 use super::genie::{ask, expect_done, unexpected};
-use super::measure::Workload;
+use super::measure::{Sample, Workload};
 use super::message::{Reply, Request, Usage};
 use super::other::Other;
 use super::peer::{self, VERSION};
@@ -16,8 +18,8 @@ use super::plan::{BenchArgs, Op, Plan, PlannedRow};
 use super::pool::{Layout, Pool};
 use super::report::{NotMeasured, Report, Row, SCHEMA};
 use super::{BenchError, lab, table};
-use workers::Workers;
 
+mod agents;
 mod baselines;
 mod workers;
 
@@ -70,6 +72,42 @@ pub fn print(report: &Report, json: bool, csv: Option<&std::path::Path>) -> Resu
         .map_err(BenchError::Write)
 }
 
+/// What carries some of the rows.
+struct Way {
+    /// The transport; none if agents that run have agreed on one.
+    kind: Option<Kind>,
+    /// The kernel's congestion control, if one was asked for.
+    control: Option<String>,
+    /// Whether programs ask agents, or engines are driven by themselves.
+    agents: bool,
+}
+
+/// Ends that are up, for one row after another.
+trait Rig {
+    /// Says in a row what carries it.
+    fn describe(&self, row: &mut Row);
+
+    /// Begins a row.
+    fn begin(
+        &mut self,
+        layout: Layout,
+        row: &PlannedRow,
+    ) -> Result<Box<dyn Begun + '_>, BenchError>;
+}
+
+/// A row under way.
+trait Begun {
+    /// Runs the workload once on every thread, at the same time.
+    fn run(&mut self, work: &Workload) -> Result<Sample, BenchError>;
+
+    /// What both ends of every session have used so far.
+    fn usage(&mut self) -> Result<Vec<Usage>, BenchError>;
+
+    /// Ends the row; returns how many blocks were compared with what was sent,
+    /// none if one thread's were not looked at.
+    fn end(self: Box<Self>, bytes_max: u64) -> Result<u64, BenchError>;
+}
+
 struct Bench<'a> {
     args: &'a BenchArgs,
     plan: Plan,
@@ -91,7 +129,7 @@ impl<'a> Bench<'a> {
             .min((environment.memory_bytes / 16).max(64 << 20));
         let style = ProgressStyle::with_template("{elapsed:>4} {bar:30} {pos}/{len} {msg}")
             .unwrap_or_else(|_| ProgressStyle::default_bar());
-        let rows = (plan.rows.len() * plan.kinds.len() + plan.baselines.len()) as u64;
+        let rows = (plan.rows.len() * plan.kinds.len().max(1) + plan.baselines.len()) as u64;
         let report = Report {
             schema: SCHEMA,
             command: std::env::args().collect::<Vec<_>>().join(" "),
@@ -116,10 +154,8 @@ impl<'a> Bench<'a> {
 
     fn measure(mut self) -> Report {
         let watch = Watch::start();
-        for kind in self.plan.kinds.clone() {
-            for control in self.controls(kind) {
-                self.measure_kind(kind, control.as_deref());
-            }
+        for way in self.ways() {
+            self.measure_way(&way);
         }
         for baseline in self.plan.baselines.clone() {
             self.progress
@@ -162,46 +198,88 @@ impl<'a> Bench<'a> {
         }
     }
 
-    fn measure_kind(&mut self, kind: Kind, control: Option<&str>) {
-        let rows = self.plan.rows.clone();
-        let mut open: Option<Workers> = None;
+    /// All that carries rows, in turn.
+    fn ways(&self) -> Vec<Way> {
+        let plan = &self.plan;
+        if plan.through_running {
+            let way = Way {
+                kind: None,
+                control: None,
+                agents: true,
+            };
+            return vec![way];
+        }
+        let mut ways = Vec::new();
+        for kind in &plan.kinds {
+            for control in self.controls(*kind) {
+                for agents in [false, true] {
+                    let (kind, control) = (Some(*kind), control.clone());
+                    ways.push(Way {
+                        kind,
+                        control,
+                        agents,
+                    });
+                }
+            }
+        }
+        ways
+    }
+
+    fn open(&self, way: &Way, rows: &[PlannedRow]) -> Result<Box<dyn Rig>, BenchError> {
+        Ok(match way.kind {
+            Some(kind) if !way.agents => {
+                Box::new(self.open_workers(kind, rows, way.control.as_deref())?)
+            }
+            _ => Box::new(self.open_programs(way, rows)?),
+        })
+    }
+
+    fn measure_way(&mut self, way: &Way) {
+        let rows = self.plan.rows.iter().copied();
+        let rows: Vec<_> = rows
+            .filter(|row| self.plan.through_agents(row) == way.agents)
+            .collect();
+        let mut open: Option<Box<dyn Rig>> = None;
         let mut failures = 0;
         for (index, row) in rows.iter().enumerate() {
-            self.progress.set_message(name_of(kind, control, row));
+            self.progress.set_message(self.name_of(way, row));
             self.progress.inc(1);
             let ready = match open.take() {
                 Some(ready) => Ok(ready),
-                None => self.open_workers(kind, &rows, control),
+                None => self.open(way, &rows),
             };
-            let mut workers = match ready {
+            let mut rig = match ready {
                 Ok(ready) => ready,
                 Err(error) => {
+                    let label = self.label(way);
+                    let through = if way.agents { " through agents" } else { "" };
                     self.miss(
-                        &kind.to_string(),
+                        &format!("{label}{through}"),
                         self.plan.kinds_asked,
-                        &kind.to_string(),
+                        &label,
                         &error,
                     );
                     self.progress.inc((rows.len() - index - 1) as u64);
                     return;
                 }
             };
-            match self.measure_row(&mut workers, kind, control, row) {
+            let mut described = self.describe(way, row);
+            rig.describe(&mut described);
+            match self.measure_row(&mut *rig, described.clone(), row) {
                 Ok(measured) => {
                     self.report.rows.push(measured);
                     failures = 0;
-                    open = Some(workers);
+                    open = Some(rig);
                 }
                 Err(error) => {
-                    let mut failed = self.describe(kind, control, row, &workers);
-                    failed.error = Some(error.to_string());
-                    self.report.rows.push(failed);
+                    described.error = Some(error.to_string());
+                    self.report.rows.push(described);
                     // The next row begins with engines of its own.
                     failures += 1;
                 }
             }
             if failures == 2 {
-                let name = format!("{kind}: the rows after {}", name_of(kind, control, row));
+                let name = format!("the rows after {}", self.name_of(way, row));
                 let reason = "two rows in a row failed".into();
                 self.report.not_measured.push(NotMeasured { name, reason });
                 return;
@@ -209,16 +287,19 @@ impl<'a> Bench<'a> {
         }
     }
 
-    /// As much memory as the largest row needs, at both ends.
-    fn take_memory(&self, other: &mut Other, rows: &[PlannedRow]) -> Result<Pool, BenchError> {
-        let needed = rows
-            .iter()
-            .map(|row| self.layout(row, 0).bytes())
-            .max()
-            .unwrap_or(0);
+    /// How much memory the largest row needs at each end, for one thread.
+    fn bytes_needed(&self, rows: &[PlannedRow]) -> Result<u64, BenchError> {
+        let needed = rows.iter().map(|row| self.layout(row, 0).bytes()).max();
+        let needed = needed.unwrap_or(0);
         if needed * u64::from(self.plan.threads) > self.report.environment.memory_bytes / 4 {
             return Err(BenchError::TooLarge(needed));
         }
+        Ok(needed)
+    }
+
+    /// As much memory as the largest row needs, at both ends.
+    fn take_memory(&self, other: &mut Other, rows: &[PlannedRow]) -> Result<Pool, BenchError> {
+        let needed = self.bytes_needed(rows)?;
         let memory = self.plan.memory;
         expect_done(ask(
             &mut other.channel,
@@ -252,51 +333,61 @@ impl<'a> Bench<'a> {
         }
     }
 
-    fn describe(
-        &self,
-        kind: Kind,
-        control: Option<&str>,
-        row: &PlannedRow,
-        workers: &Workers,
-    ) -> Row {
+    fn describe(&self, way: &Way, row: &PlannedRow) -> Row {
+        let chosen = match (way.kind, self.plan.kinds_asked) {
+            (None, _) => "as the running agents agreed".to_owned(),
+            (Some(kind), true) => format!("{kind}: asked for"),
+            (Some(kind), false) => format!("{kind}: by default"),
+        };
         Row {
-            name: name_of(kind, control, row),
+            name: self.name_of(way, row),
             op: op_name(row.op).into(),
-            transport: kind.to_string(),
-            device: Some(workers.device()),
-            memory: Some(workers.pages().into()),
+            transport: self.label(way),
             cold: row.cold,
             block_size: row.block_size,
             batch_size: row.batch_size,
             threads: Some(self.plan.threads),
-            streams: (kind == Kind::Tcp).then_some(self.plan.streams),
-            reasons: vec![format!(
-                "{kind}: {}",
-                if self.plan.kinds_asked {
-                    "asked for"
-                } else {
-                    "by default"
-                }
-            )],
+            streams: (way.kind == Some(Kind::Tcp)).then_some(self.plan.streams),
+            reasons: vec![chosen],
             ..Row::default()
         }
     }
 
+    /// What a way is called in names.
+    fn label(&self, way: &Way) -> String {
+        let kind = way.kind.map(|kind| kind.to_string());
+        kind.unwrap_or_else(|| self.args.place.node.clone().unwrap_or_default())
+    }
+
+    fn name_of(&self, way: &Way, row: &PlannedRow) -> String {
+        let control = way.control.as_ref();
+        let control = control.map_or(String::new(), |control| format!("({control})"));
+        let memory = match self.plan.memory.kind() {
+            MemoryKind::Host => String::new(),
+            kind => format!("{kind} "),
+        };
+        format!(
+            "{}{control} {} {memory}{} {}",
+            self.label(way),
+            op_name(row.op),
+            temperature(row.cold),
+            row.block_size
+        )
+    }
+
     fn measure_row(
         &mut self,
-        workers: &mut Workers,
-        kind: Kind,
-        control: Option<&str>,
+        rig: &mut dyn Rig,
+        described: Row,
         row: &PlannedRow,
     ) -> Result<Row, BenchError> {
         let layout = self.next_layout(row);
-        let described = self.describe(kind, control, row, workers);
         let work = self.workload(row);
         let warmup = Workload {
             duration: self.plan.warmup,
             ..work.clone()
         };
-        let mut begun = workers.begin(layout, row)?;
+        let mut begun = rig.begin(layout, row)?;
         begun.run(&warmup)?;
         let before = begun.usage()?;
         let mut samples = Vec::new();
@@ -363,6 +454,12 @@ impl<'a> Bench<'a> {
                 names.join(", ")
             ));
         }
+        if self.plan.memory == Memory::Sim {
+            notes.push(
+                "sim is a simulated accelerator: a CPU makes its copies, and its rows say nothing of any device"
+                    .into(),
+            );
+        }
         if self.report.rows.iter().any(|row| row.cold) {
             notes.push(format!(
                 "cold rows use {} at each end in turn; the largest cache is said to be {}",
@@ -373,16 +470,6 @@ impl<'a> Bench<'a> {
             ));
         }
     }
-}
-
-fn name_of(kind: Kind, control: Option<&str>, row: &PlannedRow) -> String {
-    let control = control.map_or(String::new(), |control| format!("({control})"));
-    format!(
-        "{kind}{control} {} {} {}",
-        op_name(row.op),
-        temperature(row.cold),
-        row.block_size
-    )
 }
 
 fn op_name(op: Op) -> &'static str {

@@ -6,7 +6,7 @@
 
 use genie_dataplane::device::pair::{Options, pair};
 
-use super::Bench;
+use super::{Begun, Bench, Rig};
 use crate::bench::BenchError;
 use crate::bench::carriers::{Kind, Node};
 use crate::bench::genie::{Blocks, Session};
@@ -15,6 +15,7 @@ use crate::bench::message::{Setup, Usage};
 use crate::bench::other::Other;
 use crate::bench::plan::{Op, PlannedRow};
 use crate::bench::pool::{Layout, Pool};
+use crate::bench::report::Row;
 
 /// All threads' ends; at least one.
 pub(super) struct Workers(Vec<Worker>);
@@ -27,13 +28,13 @@ struct Worker {
     pool: Pool,
 }
 
-/// A row under way.
-pub(super) struct Begun<'a>(Vec<Blocks<'a>>);
+/// A row under way, in every session.
+struct UnderWay<'a>(Vec<Blocks<'a>>);
 
 impl Bench<'_> {
     /// Opens as many sessions as threads are asked for.
     pub(super) fn open_workers(
-        &mut self,
+        &self,
         kind: Kind,
         rows: &[PlannedRow],
         congestion: Option<&str>,
@@ -91,23 +92,17 @@ impl Bench<'_> {
     }
 }
 
-impl Workers {
-    /// The drivers of both ends.
-    pub(super) fn device(&self) -> String {
-        self.0[0].session.device()
+impl Rig for Workers {
+    fn describe(&self, row: &mut Row) {
+        row.device = Some(self.0[0].session.device());
+        row.memory = Some(self.0[0].pool.pages().into());
     }
 
-    /// What the blocks' pages are.
-    pub(super) fn pages(&self) -> &'static str {
-        self.0[0].pool.pages()
-    }
-
-    /// Begins a row in every session.
-    pub(super) fn begin(
+    fn begin(
         &mut self,
         layout: Layout,
         row: &PlannedRow,
-    ) -> Result<Begun<'_>, BenchError> {
+    ) -> Result<Box<dyn Begun + '_>, BenchError> {
         let echo = row.op == Op::Pingpong;
         let mut begun = Vec::with_capacity(self.0.len());
         for worker in &mut self.0 {
@@ -116,42 +111,16 @@ impl Workers {
             let session = &mut worker.session;
             begun.push(session.blocks(channel, pool, layout, row.batch_size, echo)?);
         }
-        Ok(Begun(begun))
+        Ok(Box::new(UnderWay(begun)))
     }
 }
 
-impl Begun<'_> {
-    /// Runs the workload once on every thread, at the same time.
-    pub(super) fn run(&mut self, work: &Workload) -> Result<Sample, BenchError> {
-        let share = Workload {
-            rate: work.rate.map(|rate| rate / self.0.len() as f64),
-            ..work.clone()
-        };
-        if let [only] = &mut self.0[..] {
-            return measure::run(only, &share);
-        }
-        let samples: Vec<Result<Sample, BenchError>> = std::thread::scope(|scope| {
-            let threads: Vec<_> = (self.0.iter_mut())
-                .map(|blocks| scope.spawn(|| measure::run(blocks, &share)))
-                .collect();
-            let joined = threads.into_iter().map(|thread| thread.join());
-            joined
-                .map(|end| end.expect("the measuring loop does not panic"))
-                .collect()
-        });
-        let mut together: Option<Sample> = None;
-        for sample in samples {
-            let sample = sample?;
-            match &mut together {
-                None => together = Some(sample),
-                Some(all) => all.add(&sample),
-            }
-        }
-        Ok(together.expect("there is at least one thread"))
+impl Begun for UnderWay<'_> {
+    fn run(&mut self, work: &Workload) -> Result<Sample, BenchError> {
+        measure::run_together(&mut self.0, work)
     }
 
-    /// What both ends of every session have used so far.
-    pub(super) fn usage(&mut self) -> Result<Vec<Usage>, BenchError> {
+    fn usage(&mut self) -> Result<Vec<Usage>, BenchError> {
         let mut all = Vec::with_capacity(2 * self.0.len());
         for blocks in &mut self.0 {
             all.extend(blocks.usage()?);
@@ -159,9 +128,7 @@ impl Begun<'_> {
         Ok(all)
     }
 
-    /// Ends the row; returns how many blocks were compared with what was sent,
-    /// none if one thread's were not looked at.
-    pub(super) fn end(self, bytes_max: u64) -> Result<u64, BenchError> {
+    fn end(self: Box<Self>, bytes_max: u64) -> Result<u64, BenchError> {
         let share = bytes_max / self.0.len() as u64;
         let mut least = u64::MAX;
         for blocks in self.0 {
