@@ -4,6 +4,8 @@ use std::hint::black_box;
 use std::time::{Duration, Instant};
 
 use genie_proto::congestion::Algorithm;
+use genie_proto::seal::{Opener, Sealer, Secret, TAG_LEN};
+use genie_proto::wire::{HEADER_LEN, Header, Kind};
 use genie_proto::{Config, Connection, DigestBuilder, Incoming, SessionId, Time, TransferId};
 
 /// The best of a few rounds, in nanoseconds an operation.
@@ -93,6 +95,47 @@ fn connections(name: &str, datagram_max: u16, lose: u64) {
     });
 }
 
+/// Seals and opens packets: AES-GCM, nonce, window.
+fn sealing(name: &str, payload_len: usize) {
+    const PACKETS: u64 = 1 << 14;
+    let secret = Secret([1; 32]);
+    let mut header = Header {
+        kind: Kind::Data,
+        flags: 0,
+        payload_len: payload_len as u16,
+        session: SessionId(1),
+        transfer: TransferId {
+            slot: 0,
+            generation: 1,
+        },
+        timestamp: 0,
+        path: 0,
+        packet_number: 0,
+        offset: 0,
+    };
+    let mut packet = vec![0; HEADER_LEN + payload_len + TAG_LEN];
+    let mut numbers = 0..;
+    let (mut sealer, mut opener) = (Sealer::new(&secret), Opener::new(&secret));
+    let mut seal = |packet: &mut [u8]| {
+        header.packet_number = numbers.next().expect("without end");
+        packet[..HEADER_LEN].copy_from_slice(&header.encode(0));
+        let (plain, rest) = packet.split_first_chunk_mut().expect("a header");
+        let (sealed, tag) = rest.split_at_mut(rest.len() - TAG_LEN);
+        tag.copy_from_slice(&sealer.seal(plain, sealed));
+    };
+    measure(&format!("seal {name}"), PACKETS, || {
+        for _ in 0..PACKETS {
+            seal(&mut packet);
+        }
+    });
+    measure(&format!("seal and open {name}"), PACKETS, || {
+        for _ in 0..PACKETS {
+            seal(&mut packet);
+            black_box(opener.open(&mut packet).expect("sealed just now"));
+        }
+    });
+}
+
 /// Many transfers of one packet each, begun at once.
 fn small(name: &str) {
     const COUNT: u32 = 10_000;
@@ -133,6 +176,9 @@ fn small(name: &str) {
 }
 
 fn main() {
+    sealing("8896 B", 8896);
+    sealing("1408 B", 1408);
+    sealing("64 B", 64);
     digest("digest, segments in order", |index| index);
     digest("digest, neighbours swapped", |index| index ^ 1);
     digest("digest, backwards", |index| (1 << 16) - 1 - index);

@@ -7,7 +7,8 @@
 //! The invariant this module owns: *memory that an engine, a
 //! NIC or another process may touch is never freed before the last lease on it
 //! is dropped, and never seen through a Rust reference*, since another process
-//! may write it at any time. Bytes are copied in and out through raw pointers.
+//! may write it at any time (but for a [`Slab`], which is nobody else's). Bytes are
+//! copied in and out through raw pointers.
 
 #![allow(unsafe_code)]
 
@@ -17,11 +18,13 @@ use crc_fast::{CrcAlgorithm, Digest};
 mod arena;
 mod lease;
 mod region;
+mod slab;
 mod view;
 
 pub use arena::{ALIGNMENT, Arena, Block, NoRoom};
 pub use lease::{Lease, OutOfBounds};
 pub use region::{Backing, Region, RegionError};
+pub use slab::Slab;
 pub use view::View;
 
 /// Continues `crc` over raw memory.

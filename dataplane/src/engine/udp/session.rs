@@ -34,10 +34,6 @@ use crate::memory::{Lease, View};
 /// can only be data, the header.
 const DATAGRAM_WHOLE: usize = wire::HEADER_LEN + wire::CONTROL_MAX;
 
-/// Copies of what is sent sealed: out of the tensor to be sealed, and to where
-/// the device reads it. Opening takes one more than a plain packet does.
-const SEALING_COPIES: u64 = 2;
-
 /// How often a neighbour is asked for its address until it answers.
 const ASK_EVERY: Duration = Duration::from_millis(50);
 
@@ -176,7 +172,7 @@ impl Copying {
     fn sent(self, bytes: u64) -> Copies {
         let count = |copies: bool| if copies { bytes } else { 0 };
         Copies {
-            genie: count(self.genie_tx) + SEALING_COPIES * count(self.sealed),
+            genie: count(self.genie_tx) + count(self.sealed),
             driver: count(self.driver_tx),
             kernel: 0,
         }
@@ -501,7 +497,7 @@ impl Session {
             });
         }
         if let (Some(security), Some(slots)) = (&mut self.security, slots) {
-            self.copied_bytes += SEALING_COPIES * payload_len as u64;
+            self.copied_bytes += payload_len as u64;
             security.seal(&mut frame, begin, slots);
         }
         Some(frame)

@@ -1,16 +1,16 @@
 //! Memory that sealed payloads are sent from.
 //!
-//! A tensor's own bytes can't be sent when packets are sealed, so payloads are
-//! sealed in private memory and put into slots that frames refer to. Slots come
-//! in blocks of a burst: one attachment each, looked after once a burst instead
-//! of once a packet. The invariant: *a slot is written only while no frame
-//! refers to its block*.
+//! A tensor's own bytes can't be sent when packets are sealed, so a payload is
+//! copied into a slot and sealed there, and the frame refers to the slot. Slots
+//! come in blocks of a burst: one attachment each, looked after once a burst
+//! instead of once a packet. The invariant: *a slot is written only while no
+//! frame refers to its block*.
 
 use genie_proto::seal::TAG_LEN;
 use genie_proto::wire::{HEADER_LEN, PLAIN_LEN};
 
 use crate::device::{Attachment, BURST_MAX, Capabilities, Device, Payload};
-use crate::memory::{Lease, Region, RegionError, View};
+use crate::memory::{Lease, RegionError, Slab, View};
 
 /// What a slot begins with, so that payloads are aligned like tensors.
 const ALIGN: usize = 64;
@@ -18,7 +18,7 @@ const ALIGN: usize = 64;
 /// Bytes of a header that are sealed with the payload.
 const CHECK_LEN: usize = HEADER_LEN - PLAIN_LEN;
 
-/// Where in a slot, and in the private memory, what is sealed begins.
+/// Where in a slot what is sealed begins.
 const BEGIN: usize = ALIGN - CHECK_LEN;
 
 /// Blocks needed besides those whose frames the device has: one that is being
@@ -32,21 +32,14 @@ const BYTES_MAX: usize = 16 << 20;
 /// The slots of an engine. Belongs to its thread.
 #[derive(Debug)]
 pub(super) struct Slots {
-    blocks: Vec<Block>,
+    slab: Slab,
+    /// What frames of each block refer to; none while no frame does.
+    blocks: Vec<Option<Attachment>>,
     slot_bytes: usize,
     /// The block that is being filled, the one before, and its slots in use.
     current: usize,
     previous: usize,
     used: usize,
-    /// Where payloads are sealed: what a device can read is never worked on.
-    private: Vec<u8>,
-}
-
-#[derive(Debug)]
-struct Block {
-    lease: Lease,
-    /// None while no frame refers to it.
-    attachment: Option<Attachment>,
 }
 
 impl Slots {
@@ -56,24 +49,14 @@ impl Slots {
         let block_bytes = slot_bytes * BURST_MAX;
         let wanted = usize::from(capabilities.tx_descriptors).div_ceil(BURST_MAX) + SPARE_BLOCKS;
         let count = wanted.min(BYTES_MAX / block_bytes).max(SPARE_BLOCKS + 2);
-        let (region, _) = Region::allocate(count * block_bytes)?;
-        let block = |at: usize| Block {
-            lease: Lease::new(
-                region.clone(),
-                (at * block_bytes) as u64,
-                block_bytes as u64,
-            )
-            .expect("the region was made for that many blocks"),
-            attachment: None,
-        };
         Ok(Self {
-            blocks: (0..count).map(block).collect(),
+            slab: Slab::new(count * block_bytes)?,
+            blocks: vec![None; count],
             slot_bytes,
             current: 0,
             previous: 0,
             // The first one is attached like any other.
             used: BURST_MAX,
-            private: vec![0; slot_bytes],
         })
     }
 
@@ -84,7 +67,7 @@ impl Slots {
         }
         // Always from the front: as few as possible, as they are in a cache then.
         for at in 0..self.blocks.len() {
-            let is_filled = self.blocks[at].attachment.is_some();
+            let is_filled = self.blocks[at].is_some();
             if is_filled && (at == self.current || at == self.previous) {
                 continue;
             }
@@ -97,45 +80,50 @@ impl Slots {
     }
 
     fn take(&mut self, at: usize, device: &mut dyn Device) -> bool {
-        let block = &mut self.blocks[at];
-        if let Some(attachment) = block.attachment {
+        if let Some(attachment) = self.blocks[at] {
             if !device.detach(attachment) {
                 return false;
             }
-            block.attachment = None;
+            self.blocks[at] = None;
         }
-        block.attachment = device.attach(block.lease.clone()).ok();
-        block.attachment.is_some()
+        let bytes = self.slot_bytes * BURST_MAX;
+        let block = at * bytes..(at + 1) * bytes;
+        self.blocks[at] = self.slab.attach(block, device).ok();
+        self.blocks[at].is_some()
     }
 
-    /// Copies a part of a tensor to where it can be sealed; returns its CRC32C.
+    /// Copies a part of a tensor into the slot that [`Slots::prepare`] made sure
+    /// of; returns the CRC32C of the copy.
     pub(super) fn load(&mut self, from: &Lease, offset: usize, len: usize) -> u32 {
-        let payload = &mut self.private[ALIGN..ALIGN + len];
+        let payload = &mut self.slot()[ALIGN..ALIGN + len];
         from.read_at(offset, payload);
         View::from(&*payload).crc32c()
     }
 
-    /// Seals what was loaded, with `check` before it, and puts it into the slot
-    /// that [`Slots::prepare`] made sure of.
+    /// Seals what was loaded, with `check` before it, and gives the slot away.
     pub(super) fn store(
         &mut self,
         check: &[u8; CHECK_LEN],
         len: usize,
         seal: impl FnOnce(&mut [u8]) -> [u8; TAG_LEN],
     ) -> Payload {
-        let end = ALIGN + len;
-        self.private[BEGIN..ALIGN].copy_from_slice(check);
-        let tag = seal(&mut self.private[BEGIN..end]);
-        self.private[end..end + TAG_LEN].copy_from_slice(&tag);
-        let sealed = &self.private[BEGIN..end + TAG_LEN];
-        let block = &self.blocks[self.current];
         let offset = self.used * self.slot_bytes + BEGIN;
-        block.lease.write_at(offset, View::from(sealed));
+        let attachment = self.blocks[self.current].expect("attached when it was taken");
+        let slot = self.slot();
+        slot[BEGIN..ALIGN].copy_from_slice(check);
+        let end = ALIGN + len;
+        let tag = seal(&mut slot[BEGIN..end]);
+        slot[end..end + TAG_LEN].copy_from_slice(&tag);
         self.used += 1;
         Payload {
-            attachment: block.attachment.expect("attached when it was taken"),
+            attachment,
             offset: offset as u64,
-            len: sealed.len() as u32,
+            len: (CHECK_LEN + len + TAG_LEN) as u32,
         }
+    }
+
+    fn slot(&mut self) -> &mut [u8] {
+        let start = (self.current * BURST_MAX + self.used) * self.slot_bytes;
+        self.slab.bytes_mut(start..start + self.slot_bytes)
     }
 }
