@@ -76,6 +76,30 @@ fn a_row_has_every_field_and_they_agree() {
     assert!(baselines.iter().all(|row| number(row, "gb_per_s") > 0.0));
 }
 
+/// The same rows plain and sealed: what sealing copies is in the ledger.
+#[test]
+fn the_cost_of_sealing_is_measured_beside_plain_packets() {
+    let report = report(&format!(
+        "--in-process --transport mem --hot --op send --block-size 1m --baseline none \
+         --check-consistency --data-security plain,aead {SHORT}"
+    ));
+    let rows = report["rows"].as_array().unwrap();
+    let names: Vec<_> = rows
+        .iter()
+        .map(|row| row["name"].as_str().unwrap())
+        .collect();
+    assert_eq!(
+        names,
+        ["mem send hot 1048576", "mem(aead) send hot 1048576"]
+    );
+    for (row, copies) in rows.iter().zip([1.0, 3.0]) {
+        assert_eq!(row["verified"], true, "{row}");
+        let copied = number(row, "copies_per_byte");
+        // What is sent again is copied again.
+        assert!((copies..copies * 1.2).contains(&copied), "{row}");
+    }
+}
+
 #[test]
 fn both_ends_in_one_process_measure_the_protocol_without_a_driver() {
     let report = report(&format!(

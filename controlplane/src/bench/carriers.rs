@@ -7,7 +7,7 @@ use genie_dataplane::device::pair::PairDevice;
 use genie_dataplane::dpdk::{self, DeviceSpec};
 use genie_dataplane::endpoint::{Completions, Endpoint, Running};
 use genie_dataplane::engine::{Receipt, udp};
-use genie_dataplane::{SessionId, shm, tcp};
+use genie_dataplane::{Secrets, SessionId, shm, tcp};
 use serde::{Deserialize, Serialize};
 
 use super::BenchError;
@@ -41,6 +41,8 @@ pub struct Node {
     pub session: SessionId,
     /// How the other end reaches it.
     pub local: Local,
+    /// What packets are sealed with at this end, if they are.
+    pub secrets: Option<Secrets>,
     completions: Completions,
     thread: Option<std::thread::JoinHandle<()>>,
     used: Usage,
@@ -114,6 +116,7 @@ impl Node {
             endpoint,
             session,
             local,
+            secrets: setup.secrets.clone(),
             completions,
             thread: Some(thread),
             used,

@@ -146,7 +146,7 @@ pub fn open_path(
 ) -> Result<(), BenchError> {
     let keys = Keys {
         token: genie_dataplane::tcp::Token(token),
-        secrets: None,
+        secrets: node.secrets.clone(),
     };
     let remote = remote.remote(&node.local, session, keys, dialled);
     let (endpoint, ours) = (node.endpoint.clone(), node.session);

@@ -2,7 +2,7 @@
 
 use genie_client::Memory;
 use genie_dataplane::ledger::Copies;
-use genie_dataplane::{SessionId, TransferId};
+use genie_dataplane::{Secrets, SessionId, TransferId};
 use serde::{Deserialize, Serialize};
 
 use super::baseline::raw::{Received, Use};
@@ -100,6 +100,8 @@ pub struct Setup {
     pub mtu: u16,
     /// The kernel's congestion control of those connections, if one was asked for.
     pub congestion: Option<String>,
+    /// What packets of a device are sealed with at this end, if they are.
+    pub secrets: Option<Secrets>,
 }
 
 /// What the other process answers.

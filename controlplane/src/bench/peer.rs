@@ -6,9 +6,9 @@ use std::sync::Arc;
 use std::sync::mpsc::Receiver;
 use std::time::Duration;
 
-use genie_dataplane::TransferId;
 use genie_dataplane::device::pair::PairDevice;
 use genie_dataplane::endpoint::Transfer;
+use genie_dataplane::{Secrets, TransferId};
 
 use super::BenchError;
 use super::baseline::{iperf3, raw, tcp};
@@ -120,8 +120,9 @@ impl Peer {
             Request::Start {
                 kind,
                 device,
-                setup,
+                mut setup,
             } => {
+                setup.secrets = setup.secrets.map(Secrets::of_the_other_end);
                 let device = device.or_else(|| self.device.clone());
                 let end = self.pairs.as_ref().and_then(|pairs| pairs.try_recv().ok());
                 let listen = self.channel.local().map_err(BenchError::Channel)?.ip();

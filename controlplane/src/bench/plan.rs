@@ -12,6 +12,7 @@ use genie_dataplane::memory::accelerator::MemoryKind;
 use super::BenchError;
 use super::baseline::{self, Baseline};
 use super::carriers::Kind;
+use crate::security::DataSecurity;
 use crate::units::{parse_bytes, parse_duration};
 
 /// What is done with blocks.
@@ -103,6 +104,15 @@ pub struct BenchArgs {
     /// The agent's socket, for --node
     #[arg(long, value_name = "PATH", env = "GENIE_SOCKET")]
     pub socket: Option<PathBuf>,
+    /// How packets of devices are measured, one after another: plain, or aead, which seals them
+    /// (with random keys, as there is no TLS to make them from)
+    #[arg(
+        long,
+        value_delimiter = ',',
+        value_name = "LIST",
+        default_value = "plain"
+    )]
+    pub data_security: Vec<DataSecurity>,
     /// With --serve: end after one benchmark
     #[arg(long, requires = "serve")]
     pub once: bool,
@@ -297,6 +307,17 @@ impl BenchArgs {
         {
             return Err(BenchError::Usage("--rate: write a number above 0".into()));
         }
+        let on_a_device = |kind: &Kind| matches!(kind, Kind::Dpdk | Kind::Mem);
+        let devices = self.transport.is_empty() || self.transport.iter().any(on_a_device);
+        let sealed = self.data_security.contains(&DataSecurity::Aead);
+        let one_sided = self.op.contains(&Op::Read) || self.op.contains(&Op::Write);
+        if sealed && (!devices || one_sided || self.only_agents()) {
+            return Err(BenchError::Usage(
+                "--data-security aead is measured between engines over devices: \
+                 --transport dpdk, or mem with --in-process"
+                    .into(),
+            ));
+        }
         if self.transport.contains(&Kind::Mem) && !self.place.in_process {
             return Err(BenchError::Usage(
                 "--transport mem needs --in-process".into(),
@@ -446,6 +467,12 @@ mod tests {
             ("--spawn --threads 0", "0 is not in 1..=64"),
             ("--spawn --transport mem", "--in-process"),
             ("--spawn --rate 0", "above 0"),
+            (
+                "--spawn --transport tcp --data-security aead",
+                "over devices",
+            ),
+            ("--node b --data-security aead", "over devices"),
+            ("--spawn --data-security tls", "plain or aead"),
             ("--spawn --in-process", "cannot be used with"),
             ("--quick", "required"),
         ] {

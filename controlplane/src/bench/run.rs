@@ -18,6 +18,7 @@ use super::plan::{BenchArgs, Op, Plan, PlannedRow};
 use super::pool::{Layout, Pool};
 use super::report::{NotMeasured, Report, Row, SCHEMA};
 use super::{BenchError, lab, table};
+use crate::security::DataSecurity;
 
 mod agents;
 mod baselines;
@@ -78,6 +79,8 @@ struct Way {
     kind: Option<Kind>,
     /// The kernel's congestion control, if one was asked for.
     control: Option<String>,
+    /// Whether packets are sealed.
+    security: DataSecurity,
     /// Whether programs ask agents, or engines are driven by themselves.
     agents: bool,
 }
@@ -205,6 +208,7 @@ impl<'a> Bench<'a> {
             let way = Way {
                 kind: None,
                 control: None,
+                security: DataSecurity::Plain,
                 agents: true,
             };
             return vec![way];
@@ -212,23 +216,33 @@ impl<'a> Bench<'a> {
         let mut ways = Vec::new();
         for kind in &plan.kinds {
             for control in self.controls(*kind) {
-                for agents in [false, true] {
-                    let (kind, control) = (Some(*kind), control.clone());
-                    ways.push(Way {
-                        kind,
-                        control,
-                        agents,
-                    });
+                for security in self.securities(*kind) {
+                    for agents in [false, true] {
+                        ways.push(Way {
+                            kind: Some(*kind),
+                            control: control.clone(),
+                            security: *security,
+                            agents,
+                        });
+                    }
                 }
             }
         }
         ways
     }
 
+    /// What a carrier's packets are measured with.
+    fn securities(&self, kind: Kind) -> &[DataSecurity] {
+        match kind {
+            Kind::Dpdk | Kind::Mem => &self.args.data_security,
+            Kind::Tcp | Kind::Shm => &[DataSecurity::Plain],
+        }
+    }
+
     fn open(&self, way: &Way, rows: &[PlannedRow]) -> Result<Box<dyn Rig>, BenchError> {
         Ok(match way.kind {
             Some(kind) if !way.agents => {
-                Box::new(self.open_workers(kind, rows, way.control.as_deref())?)
+                Box::new(self.open_workers(kind, rows, way.control.as_deref(), way.security)?)
             }
             _ => Box::new(self.open_programs(way, rows)?),
         })
@@ -361,7 +375,10 @@ impl<'a> Bench<'a> {
 
     fn name_of(&self, way: &Way, row: &PlannedRow) -> String {
         let control = way.control.as_ref();
-        let control = control.map_or(String::new(), |control| format!("({control})"));
+        let mut control = control.map_or(String::new(), |control| format!("({control})"));
+        if way.security == DataSecurity::Aead {
+            control.push_str("(aead)");
+        }
         let memory = match self.plan.memory.kind() {
             MemoryKind::Host => String::new(),
             kind => format!("{kind} "),

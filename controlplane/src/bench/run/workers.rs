@@ -5,6 +5,7 @@
 //! the slowest ends the time, and latencies lie in one histogram.
 
 use genie_dataplane::device::pair::{Options, pair};
+use genie_dataplane::{Secret, Secrets};
 
 use super::{Begun, Bench, Rig};
 use crate::bench::BenchError;
@@ -16,6 +17,8 @@ use crate::bench::other::Other;
 use crate::bench::plan::{Op, PlannedRow};
 use crate::bench::pool::{Layout, Pool};
 use crate::bench::report::Row;
+use crate::node::random;
+use crate::security::DataSecurity;
 
 /// All threads' ends; at least one.
 pub(super) struct Workers(Vec<Worker>);
@@ -38,6 +41,7 @@ impl Bench<'_> {
         kind: Kind,
         rows: &[PlannedRow],
         congestion: Option<&str>,
+        security: DataSecurity,
     ) -> Result<Workers, BenchError> {
         let count = self.plan.threads;
         if kind == Kind::Dpdk && count > 1 {
@@ -45,7 +49,7 @@ impl Bench<'_> {
                 "one process drives one device with one queue: --threads 1, or --transport tcp",
             ));
         }
-        let workers = (0..count).map(|_| self.open_worker(kind, rows, congestion));
+        let workers = (0..count).map(|_| self.open_worker(kind, rows, congestion, security));
         workers.collect::<Result<_, _>>().map(Workers)
     }
 
@@ -54,6 +58,7 @@ impl Bench<'_> {
         kind: Kind,
         rows: &[PlannedRow],
         congestion: Option<&str>,
+        security: DataSecurity,
     ) -> Result<Worker, BenchError> {
         let mut other = self.connect()?;
         let pool = self.take_memory(&mut other, rows)?;
@@ -61,6 +66,7 @@ impl Bench<'_> {
             streams: self.plan.streams,
             mtu: self.args.mtu,
             congestion: congestion.map(str::to_owned),
+            secrets: secrets(security),
         };
         let folder = other
             .folder
@@ -90,6 +96,15 @@ impl Bench<'_> {
             pool,
         })
     }
+}
+
+/// Random ones: sessions of benchmarks have no TLS to make them from, so the other
+/// process hears them on its control connection.
+fn secrets(security: DataSecurity) -> Option<Secrets> {
+    (security == DataSecurity::Aead).then(|| Secrets {
+        send: Secret(random()),
+        receive: Secret(random()),
+    })
 }
 
 impl Rig for Workers {
