@@ -24,9 +24,11 @@ use tokio::time::timeout;
 
 use crate::budget::{AllocateError, Allocation, Charge, Room};
 use crate::frame::{self, FrameError};
+use crate::message::RequestKey;
 use crate::metrics::Direction;
-use crate::node::Node;
+use crate::node::{self, Node};
 use crate::notifications::Listener;
+use crate::policy::Policy;
 use crate::quota::{self, QuotaError, User};
 use crate::session::SessionError;
 use crate::tensor::{ListLimit, TensorError};
@@ -91,6 +93,7 @@ pub async fn serve(
         arenas: Arenas::default(),
         batches: Batches::default(),
         windows: Windows::default(),
+        policy: Policy::default(),
         listener: None,
         requests: 0,
         cancelled: false,
@@ -120,6 +123,7 @@ struct Application {
     arenas: Arenas,
     batches: Batches,
     windows: Windows,
+    policy: Policy,
     listener: Option<Listener>,
     /// How many were asked.
     requests: u64,
@@ -175,6 +179,16 @@ impl Application {
                 Ok(()) => self.send(&Answer::Freed).await,
                 Err(error) => self.fail(error).await,
             },
+            Ask::Patience {
+                deadline_ms,
+                retry_ms,
+            } => {
+                self.policy = Policy {
+                    deadline: deadline_ms.map(Duration::from_millis),
+                    retry: retry_ms.map(Duration::from_millis),
+                };
+                self.send(&Answer::Done { listeners: 0 }).await
+            }
             Ask::Import => self.import().await,
             Ask::Read {
                 offset,
@@ -358,17 +372,36 @@ impl Application {
             Err(error) => return self.fail(error).await,
         };
         let (node, owner) = (Arc::clone(&self.node), self.owner());
-        let progress = Progress::default();
+        let (progress, policy) = (Progress::default(), self.policy);
         let told = progress.clone();
         let operation = async move {
             let _charge = charge;
             let _busy = node.begin().ok_or(TransferError::Stopping)?;
             match remote(&node, to) {
                 Some(peer) => {
-                    let session = node.session(&peer).await?;
-                    let kind = memory.kind();
-                    let put = transfer::put(&session, &prefix, sources, metadata, kind, &told);
-                    let moved = put.await?;
+                    let key = policy.retry.map(|_| RequestKey(node::random()));
+                    let mut attempts = policy.attempts();
+                    let moved = loop {
+                        let attempt = async {
+                            let session = node.session(&peer).await?;
+                            // It may be only the word of its end that was lost.
+                            if attempts.are_repeated()
+                                && let Some(key) = key
+                                && let Some(moved) =
+                                    transfer::recall(&session, &prefix, key).await?
+                            {
+                                return Ok(moved);
+                            }
+                            let (sources, metadata) = (sources.clone(), metadata.clone());
+                            let kind = memory.kind();
+                            transfer::put(&session, &prefix, sources, metadata, kind, key, &told)
+                                .await
+                        };
+                        match attempt.await {
+                            Ok(moved) => break moved,
+                            Err(error) => attempts.again(error).await?,
+                        }
+                    };
                     node.counters.dialled(&peer, Direction::Sent, &moved);
                     Ok(moved)
                 }
@@ -447,12 +480,22 @@ impl Application {
     ) -> Result<(), ApplicationError> {
         let (node, progress) = (Arc::clone(&self.node), Progress::default());
         let (room, owner, told) = (self.room(memory), self.owner(), progress.clone());
+        let policy = self.policy;
         let operation = async move {
             let _busy = node.begin().ok_or(TransferError::Stopping)?;
             match remote(&node, from) {
                 Some(peer) => {
-                    let session = node.session(&peer).await?;
-                    let got = transfer::get(&session, &prefix, &room, &told).await?;
+                    let mut attempts = policy.attempts();
+                    let got = loop {
+                        let attempt = async {
+                            let session = node.session(&peer).await?;
+                            transfer::get(&session, &prefix, &room, &told).await
+                        };
+                        match attempt.await {
+                            Ok(got) => break got,
+                            Err(error) => attempts.again(error).await?,
+                        }
+                    };
                     node.counters.dialled(&peer, Direction::Received, &got.1);
                     Ok(got)
                 }
@@ -495,12 +538,22 @@ impl Application {
     ) -> Result<(), ApplicationError> {
         let (node, progress) = (Arc::clone(&self.node), Progress::default());
         let (room, owner, told) = (self.room(memory), self.owner(), progress.clone());
+        let policy = self.policy;
         let operation = async move {
             let _busy = node.begin().ok_or(TransferError::Stopping)?;
             match remote(&node, from) {
                 Some(peer) => {
-                    let session = node.session(&peer).await?;
-                    let got = transfer::fetch(&session, &name, runs, &room, &told).await?;
+                    let mut attempts = policy.attempts();
+                    let got = loop {
+                        let attempt = async {
+                            let session = node.session(&peer).await?;
+                            transfer::fetch(&session, &name, runs.clone(), &room, &told).await
+                        };
+                        match attempt.await {
+                            Ok(got) => break got,
+                            Err(error) => attempts.again(error).await?,
+                        }
+                    };
                     node.counters.dialled(&peer, Direction::Received, &got.1);
                     Ok(got)
                 }
@@ -604,11 +657,13 @@ impl Application {
     ) -> Result<Result<T, E>, ApplicationError> {
         let mut operation = std::pin::pin!(operation);
         let mut tick = tokio::time::interval(PROGRESS_EVERY);
+        let mut late = std::pin::pin!(late(self.policy.deadline));
         let mut told = (0, 0);
         while !self.cancelled {
             tokio::select! {
                 biased;
                 done = &mut operation => return Ok(done),
+                limit = &mut late => return Ok(Err(TransferError::Deadline(limit).into())),
                 _ = tick.tick() => {
                     let now = progress.get();
                     if now != told {
@@ -650,6 +705,17 @@ impl Application {
                 ask => return Ok(ask),
             }
         }
+    }
+}
+
+/// Ends when a deadline is over, if there is one.
+async fn late(deadline: Option<Duration>) -> Duration {
+    match deadline {
+        Some(limit) => {
+            tokio::time::sleep(limit).await;
+            limit
+        }
+        None => std::future::pending().await,
     }
 }
 

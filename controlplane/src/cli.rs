@@ -35,6 +35,7 @@ use crate::config::{AgentArgs, Config, ConfigError, default_socket};
 use crate::identity::authority::AuthorityError;
 use crate::safetensors::FileError;
 use crate::tensor::{TensorError, check_name};
+use crate::units::parse_duration;
 
 /// Engines publish ten times as often.
 const WATCH_EVERY: Duration = Duration::from_secs(1);
@@ -70,6 +71,8 @@ enum Command {
         #[command(flatten)]
         pages: Pages,
         #[command(flatten)]
+        patience: Patience,
+        #[command(flatten)]
         agent: Local,
     },
     /// Write the tensors under a prefix into a file
@@ -81,6 +84,8 @@ enum Command {
         file: PathBuf,
         #[command(flatten)]
         pages: Pages,
+        #[command(flatten)]
+        patience: Patience,
         #[command(flatten)]
         agent: Local,
     },
@@ -128,6 +133,17 @@ struct Pages {
     /// Memory that tensors pass through: auto, host, or hugepage, which fails rather than use other pages; cuda:N or sim: the accelerator's, at both ends
     #[arg(long, value_name = "KIND", default_value_t, env = "GENIE_MEMORY")]
     memory: Memory,
+}
+
+/// How long to try.
+#[derive(Args, Debug)]
+struct Patience {
+    /// Give up what takes longer than this
+    #[arg(long, value_name = "TIME", env = "GENIE_DEADLINE", value_parser = parse_duration)]
+    deadline: Option<Duration>,
+    /// Try again for this long if the peer is lost or cannot be reached; a put is still done once
+    #[arg(long, value_name = "TIME", env = "GENIE_RETRY", value_parser = parse_duration)]
+    retry: Option<Duration>,
 }
 
 /// How to reach this host's agent.
@@ -261,9 +277,11 @@ fn run(command: Command, json: bool) -> Result<(), CommandError> {
             file,
             to,
             pages,
+            patience,
             agent,
         } => {
             let client = &mut agent.connect()?;
+            client.set_patience(patience.deadline, patience.retry)?;
             let report = move_file::put(client, &file, &to, pages.memory, json)?;
             print(json, &report, || show::moved("put", &report))
         }
@@ -271,9 +289,11 @@ fn run(command: Command, json: bool) -> Result<(), CommandError> {
             from,
             file,
             pages,
+            patience,
             agent,
         } => {
             let client = &mut agent.connect()?;
+            client.set_patience(patience.deadline, patience.retry)?;
             let report = move_file::get(client, &from, &file, pages.memory, json)?;
             print(json, &report, || show::moved("got", &report))
         }

@@ -143,6 +143,7 @@ mod tests {
                     count: 2,
                     metadata: metadata.clone(),
                     memory: Default::default(),
+                    key: None,
                 },
             },
             Message::Begin {

@@ -323,6 +323,7 @@ mod tests {
                         count: 1,
                         metadata: metadata(),
                         memory: Default::default(),
+                        key: Some(crate::message::RequestKey([7; 16])),
                     },
                 },
                 Message::Tensors {

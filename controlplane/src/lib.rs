@@ -29,6 +29,7 @@ pub mod metrics;
 pub mod negotiation;
 pub mod node;
 pub mod notifications;
+pub mod policy;
 pub mod quota;
 pub mod rights;
 pub mod safetensors;

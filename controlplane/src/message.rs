@@ -13,7 +13,7 @@
 //!   Granted…                      →                            ← Done
 //!   Resumed, after a change of path: whichever end sends Granted
 //!   Begin List                    →      ← Listed…             ← Done
-//!   Begin Remove                  →                            ← Done
+//!   Begin Remove, Recall          →                            ← Done
 //!                                        (or Denied to any of these)
 //!   Cancel (of any of these)      →
 //!   Bye, either way, at the end
@@ -40,6 +40,10 @@ use crate::transport::{Offer, Preference, Transport};
 /// Names one run of an agent; a restarted agent has another.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Instance(pub [u8; 16]);
+
+/// Names one put in all attempts to make it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RequestKey(pub [u8; 16]);
 
 /// How an agent introduces itself.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -211,6 +215,16 @@ pub enum Request {
         metadata: Option<Metadata>,
         /// Whose memory they shall be kept in.
         memory: MemoryKind,
+        /// Names it, if it may be made again.
+        #[serde(default)]
+        key: Option<RequestKey>,
+    },
+    /// Say how a put ended, if it was done.
+    Recall {
+        /// Where to.
+        prefix: String,
+        /// Its name.
+        key: RequestKey,
     },
     /// Send the tensors under a prefix.
     Get {

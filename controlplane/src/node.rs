@@ -27,6 +27,7 @@ use crate::status::{
     AgentStatus, MetricsStatus, PathChange, PeerStatus, SessionStatus, TransportStatus,
 };
 use crate::store::Store;
+use crate::transfer::once::Once;
 use crate::transport::{Local, Preference, Transport, Transports};
 
 /// One agent. Shared by all its tasks.
@@ -70,6 +71,8 @@ pub struct Node {
     pub counters: Counters,
     /// Who listens to what.
     pub notifications: Notifications,
+    /// Puts that were done for peers.
+    pub once: Once,
     /// Room for batches of ranges: fewer at a time than a peer takes.
     pub batches: Arc<Semaphore>,
     /// When the agent started.
@@ -160,6 +163,7 @@ impl Node {
             metrics: parts.metrics,
             counters: Counters::default(),
             notifications: Notifications::default(),
+            once: Once::default(),
             batches: Arc::new(Semaphore::new(REQUESTS_MAX / 2)),
             started: Instant::now(),
             live: Mutex::default(),

@@ -86,7 +86,7 @@ impl Request {
     /// The rights it takes, each on one name.
     pub fn needs(&self) -> Vec<(Right, &str)> {
         match self {
-            Self::Put { prefix, .. } => vec![(Right::Put, prefix)],
+            Self::Put { prefix, .. } | Self::Recall { prefix, .. } => vec![(Right::Put, prefix)],
             Self::Get { prefix } => vec![(Right::Get, prefix)],
             Self::Fetch { name, .. } => vec![(Right::Get, name)],
             Self::List { under } => vec![(Right::List, under.as_deref().unwrap_or_default())],

@@ -717,6 +717,7 @@ mod tests {
             count: 1,
             metadata: None,
             memory: Default::default(),
+            key: None,
         };
         let node = node();
         assert_eq!(session.serve(&node, 1, get), Ok(()));

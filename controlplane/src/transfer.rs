@@ -9,6 +9,7 @@
 mod batch;
 mod kind;
 mod local;
+pub mod once;
 mod part;
 mod pending;
 pub mod ranges;
@@ -34,7 +35,7 @@ pub use local::{fetch as get_local, keep as put_local, part as part_local};
 pub use serve::serve;
 
 use crate::budget::{AllocateError, Allocation, Budget, Charge, Room};
-use crate::message::{Message, Outcome, Request};
+use crate::message::{Message, Outcome, Request, RequestKey};
 use crate::notifications::LongMessage;
 use crate::session::route::Stage;
 use crate::session::{Call, Session, SessionError};
@@ -120,6 +121,12 @@ pub enum TransferError {
     /// Whoever asked for it has cancelled it.
     #[error("it was cancelled")]
     Cancelled,
+    /// It took longer than whoever asked for it wants to wait.
+    #[error("it was not done within {0:?}, the deadline that was set: it was given up")]
+    Deadline(Duration),
+    /// A put that was not done, or was long ago.
+    #[error("no such put is remembered")]
+    NotDone,
     /// Nothing new is begun any more.
     #[error("the agent is stopping: try again once it is back")]
     Stopping,
@@ -235,6 +242,8 @@ impl Progress {
     }
 
     pub(crate) fn begin(&self, total: u64) {
+        // It may be another attempt.
+        self.0.done.store(0, Ordering::Relaxed);
         self.0.total.store(total, Ordering::Relaxed);
     }
 
@@ -249,13 +258,15 @@ impl Drop for GiveUpOnDrop {
     }
 }
 
-/// Sends a batch into a peer's store, to be kept in this kind of memory.
+/// Sends a batch into a peer's store, to be kept in this kind of memory; a `key`
+/// names it if it may be made again.
 pub async fn put(
     session: &Arc<Session>,
     prefix: &str,
     sources: Vec<Source>,
     metadata: Option<Metadata>,
     memory: MemoryKind,
+    key: Option<RequestKey>,
     progress: &Progress,
 ) -> Result<Moved, TransferError> {
     let began = Instant::now();
@@ -267,6 +278,7 @@ pub async fn put(
         count,
         metadata,
         memory,
+        key,
     };
     let mut call = session.call(request).await?;
     send_list(&call, &infos).await?;
@@ -275,6 +287,24 @@ pub async fn put(
     call.finish();
     let theirs = done.unwrap_or_default();
     finish(session, tally.outcome(&infos), theirs, Way::Out, began)
+}
+
+/// How a put under `prefix` ended, if the peer has done it.
+pub async fn recall(
+    session: &Arc<Session>,
+    prefix: &str,
+    key: RequestKey,
+) -> Result<Option<Moved>, TransferError> {
+    let began = Instant::now();
+    let prefix = prefix.to_owned();
+    match ask(session, Request::Recall { prefix, key }).await {
+        Ok(theirs) => finish(session, theirs, theirs, Way::Out, began).map(Some),
+        Err(TransferError::Peer {
+            kind: FailureKind::NotFound,
+            ..
+        }) => Ok(None),
+        Err(error) => Err(error),
+    }
 }
 
 /// Fetches what a peer's store holds under `prefix` into memory from `room`.

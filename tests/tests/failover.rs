@@ -62,6 +62,7 @@ async fn put(
         sources,
         None,
         Default::default(),
+        None,
         &progress,
     )
     .await

@@ -212,6 +212,30 @@ impl Client {
         })
     }
 
+    /// How patient the agent shall be with this connection's requests from now on.
+    ///
+    /// One that takes longer than `deadline` fails as [`FailureKind::Deadline`].
+    /// A put, get or fetch whose session is lost, or cannot be opened, is tried
+    /// again for `retry`, after pauses that grow to 2 s at most; a put is then
+    /// done once, even if only the word that it was done is lost, unless the
+    /// peer is another run than before: that one's store is empty. Without
+    /// either, which is how a connection begins, a request ends with its session.
+    pub fn set_patience(
+        &mut self,
+        deadline: Option<Duration>,
+        retry: Option<Duration>,
+    ) -> Result<(), ClientError> {
+        let ms = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
+        self.ask(&Ask::Patience {
+            deadline_ms: deadline.map(ms),
+            retry_ms: retry.map(ms),
+        })?;
+        match self.recv()? {
+            Answer::Done { .. } => Ok(()),
+            _ => Err(self.unexpected()),
+        }
+    }
+
     /// Asks for memory of at least `bytes`, shared with the agent.
     pub fn arena(&mut self, bytes: u64, memory: Memory) -> Result<Arena, ClientError> {
         host_only(memory)?;

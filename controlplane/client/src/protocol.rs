@@ -87,6 +87,14 @@ pub enum Ask {
         /// Which.
         arena: ArenaId,
     },
+    /// How patient to be with all requests of this connection from now on.
+    Patience {
+        /// One that takes longer than so many milliseconds fails.
+        deadline_ms: Option<u64>,
+        /// A put, get or fetch whose session is lost, or cannot be opened, is
+        /// tried again for so many milliseconds.
+        retry_ms: Option<u64>,
+    },
     /// Use a memory file of mine as an arena; its descriptor follows.
     Import,
     /// Read a file into a new arena; its descriptor follows.
@@ -408,6 +416,8 @@ pub enum FailureKind {
     Removed,
     /// A window is being written or read: try again.
     Busy,
+    /// It was not done within the deadline that was set.
+    Deadline,
 }
 
 /// Who put a tensor.

@@ -11,15 +11,16 @@ use crate::store::SealError;
 /// What a failure means to a program.
 pub fn kind_of(error: &TransferError) -> FailureKind {
     match error {
-        TransferError::NotFound(_) | TransferError::Seal(SealError::NotFound(_)) => {
-            FailureKind::NotFound
-        }
+        TransferError::NotFound(_)
+        | TransferError::NotDone
+        | TransferError::Seal(SealError::NotFound(_)) => FailureKind::NotFound,
         TransferError::Seal(SealError::Busy { .. }) => FailureKind::Busy,
         TransferError::Seal(SealError::Registered { .. } | SealError::Outside { .. })
         | TransferError::NoTarget(_)
         | TransferError::Message(_) => FailureKind::Invalid,
         TransferError::Removed(_) => FailureKind::Removed,
         TransferError::Cancelled => FailureKind::Cancelled,
+        TransferError::Deadline(_) => FailureKind::Deadline,
         TransferError::Commit(_) | TransferError::Seal(SealError::Commit(_)) => FailureKind::Taken,
         TransferError::Tensor(_) | TransferError::Slice(_) => FailureKind::Invalid,
         TransferError::Allocate(AllocateError::Quota(_)) => FailureKind::Quota,
@@ -53,6 +54,7 @@ fn of_peer(kind: FailureKind) -> FailureKind {
         | FailureKind::Descriptor
         | FailureKind::Peer
         | FailureKind::Stopping
+        | FailureKind::Deadline
         | FailureKind::Cancelled => FailureKind::Peer,
     }
 }

@@ -9,7 +9,7 @@ use genie_dataplane::stage::Place;
 use super::batch::{receive_all, send_all, send_list};
 use super::{Progress, TransferError, allocate, lay_out, part, ranges, recv_list, windows};
 use crate::budget::Room;
-use crate::message::{Message, Outcome, Request};
+use crate::message::{Message, Outcome, Request, RequestKey};
 use crate::metrics::Direction;
 use crate::node::Node;
 use crate::session::Call;
@@ -31,6 +31,7 @@ pub async fn serve(
         Request::Get { .. } | Request::Fetch { .. } | Request::Read(_) => Some(Direction::Sent),
         Request::List { .. }
         | Request::Remove { .. }
+        | Request::Recall { .. }
         | Request::Window { .. }
         | Request::Seal { .. }
         | Request::Notify { .. } => None,
@@ -54,9 +55,20 @@ async fn answer(
             count,
             metadata,
             memory,
+            key,
         } => {
             let room = node.store_room(memory);
-            serve_put(node, call, &prefix, count, metadata, &room, &peer).await
+            let put = Put {
+                prefix: &prefix,
+                count,
+                metadata,
+                key,
+            };
+            serve_put(node, call, put, &room, &peer).await
+        }
+        Request::Recall { key, .. } => {
+            let done = node.once.recall(&call.session().peer, key);
+            done.ok_or(TransferError::NotDone)
         }
         Request::Get { prefix } => serve_get(node, call, &prefix, &peer).await,
         Request::Fetch { name, runs } => serve_fetch(node, call, &name, runs, &peer).await,
@@ -108,15 +120,27 @@ async fn answer(
     }
 }
 
+/// What a put says of itself.
+struct Put<'a> {
+    prefix: &'a str,
+    count: u64,
+    metadata: Option<Metadata>,
+    key: Option<RequestKey>,
+}
+
 async fn serve_put(
     node: &Arc<Node>,
     call: &mut Call,
-    prefix: &str,
-    count: u64,
-    metadata: Option<Metadata>,
+    put: Put<'_>,
     room: &Room,
     peer: &Owner,
 ) -> Result<Outcome, TransferError> {
+    let Put {
+        prefix,
+        count,
+        metadata,
+        key,
+    } = put;
     let budget = node.store.budget();
     let (infos, mut charge) = recv_list(call, count, metadata.as_ref(), budget).await?;
     let bytes = check_batch(prefix, &infos, metadata.as_ref())?;
@@ -127,8 +151,10 @@ async fn serve_put(
     let (tally, _) = receive_all(call, leases.clone(), &Progress::default(), false).await?;
     let outcome = tally.outcome(&infos);
     let tensors = infos.into_iter().zip(leases).collect();
-    node.store.commit(prefix, tensors, metadata, peer, charge)?;
-    Ok(outcome)
+    let commit = || node.store.commit(prefix, tensors, metadata, peer, charge);
+    Ok(node
+        .once
+        .commit(&call.session().peer, key, outcome, commit)?)
 }
 
 async fn serve_get(

@@ -1,0 +1,173 @@
+//! How long a program wants its requests to be tried, and how often.
+
+use std::time::Duration;
+
+use genie_client::FailureKind;
+use genie_dataplane::engine::FailReason;
+use tokio::time::Instant;
+
+use crate::node;
+use crate::session::SessionError;
+use crate::transfer::TransferError;
+
+/// The first pause between two attempts, at most.
+const PAUSE_FIRST: Duration = Duration::from_millis(50);
+
+/// Any pause between two attempts, at most.
+const PAUSE_MOST: Duration = Duration::from_secs(2);
+
+/// What a program asked for, of all requests on its connection.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Policy {
+    /// A request that takes longer fails.
+    pub deadline: Option<Duration>,
+    /// A request whose session is lost, or cannot be opened, is tried again for
+    /// so long.
+    pub retry: Option<Duration>,
+}
+
+/// The attempts to do one request.
+#[derive(Debug)]
+pub struct Attempts {
+    retry: Option<Duration>,
+    began: Instant,
+    failed: u32,
+}
+
+impl Policy {
+    /// Before the first attempt.
+    pub fn attempts(&self) -> Attempts {
+        Attempts {
+            retry: self.retry,
+            began: Instant::now(),
+            failed: 0,
+        }
+    }
+}
+
+impl Attempts {
+    /// After an attempt that failed: pauses before the next one, or returns why
+    /// there shall be none.
+    pub async fn again(&mut self, error: TransferError) -> Result<(), TransferError> {
+        let pause = pause(self.failed, u32::from_ne_bytes(node::random()));
+        let in_time = |limit| self.began.elapsed() + pause < limit;
+        if !is_passing(&error) || !self.retry.is_some_and(in_time) {
+            return Err(error);
+        }
+        tracing::info!(%error, ?pause, "trying again");
+        tokio::time::sleep(pause).await;
+        self.failed += 1;
+        Ok(())
+    }
+
+    /// Whether an attempt was made before.
+    pub fn are_repeated(&self) -> bool {
+        self.failed > 0
+    }
+}
+
+/// Between nothing and twice as much as the time before, so that those who lost
+/// the same peer do not come back together ("full jitter").
+fn pause(attempt: u32, random: u32) -> Duration {
+    let most = PAUSE_FIRST.saturating_mul(1 << attempt.min(16));
+    most.min(PAUSE_MOST)
+        .mul_f64(f64::from(random) / f64::from(u32::MAX))
+}
+
+/// Whether a failure may be gone the next time: the session's, not the request's.
+fn is_passing(error: &TransferError) -> bool {
+    match error {
+        TransferError::Session(error) => match error {
+            SessionError::Unreachable { .. }
+            | SessionError::Frame { .. }
+            | SessionError::Slow { .. }
+            | SessionError::Silent { .. }
+            | SessionError::Refused { .. }
+            | SessionError::NoPath { .. }
+            | SessionError::Ended(_) => true,
+            SessionError::UnknownPeer { .. }
+            | SessionError::Untrusted { .. }
+            | SessionError::Denied { .. }
+            | SessionError::Unexpected { .. } => false,
+        },
+        TransferError::Failed(reason) => match reason {
+            FailReason::Closed | FailReason::PathLost(_) | FailReason::Stopped => true,
+            FailReason::DigestMismatch
+            | FailReason::Cancelled
+            | FailReason::CancelledByPeer
+            | FailReason::Protocol(_)
+            | FailReason::Refused(_) => false,
+        },
+        // It is about to be restarted, presumably.
+        TransferError::Peer { kind, .. } => *kind == FailureKind::Stopping,
+        TransferError::Stalled { .. } => true,
+        _ => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn lost() -> TransferError {
+        SessionError::Ended("it is gone".into()).into()
+    }
+
+    async fn attempts(policy: Policy, mut until: impl FnMut(u32) -> Option<TransferError>) -> u32 {
+        let mut attempts = policy.attempts();
+        let mut made = 0;
+        while let Some(error) = until(made) {
+            assert_eq!(attempts.are_repeated(), made > 0);
+            made += 1;
+            if attempts.again(error).await.is_err() {
+                return made;
+            }
+        }
+        made + 1
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_lost_session_is_tried_again_for_as_long_as_was_asked() {
+        let retry = |seconds| Policy {
+            retry: Some(Duration::from_secs(seconds)),
+            deadline: None,
+        };
+        assert_eq!(attempts(Policy::default(), |_| Some(lost())).await, 1);
+        assert_eq!(
+            attempts(retry(60), |n| (n < 5).then(lost)).await,
+            6,
+            "the sixth succeeds"
+        );
+        let began = Instant::now();
+        let made = attempts(retry(60), |_| Some(lost())).await;
+        assert!(made > 30, "no pause is longer than 2 s: {made}");
+        assert!(began.elapsed() < Duration::from_secs(60));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_the_request_itself_is_refused_for_is_not_tried_again() {
+        let policy = Policy {
+            retry: Some(Duration::from_secs(60)),
+            deadline: None,
+        };
+        assert_eq!(
+            attempts(policy, |_| Some(TransferError::Cancelled)).await,
+            1
+        );
+        let unknown = |_| {
+            Some(TransferError::from(SessionError::UnknownPeer {
+                name: "x".into(),
+                known: String::new(),
+            }))
+        };
+        assert_eq!(attempts(policy, unknown).await, 1);
+    }
+
+    #[test]
+    fn pauses_grow_to_a_limit_and_differ() {
+        assert_eq!(pause(0, u32::MAX), PAUSE_FIRST);
+        assert_eq!(pause(2, u32::MAX), PAUSE_FIRST * 4);
+        assert_eq!(pause(60, u32::MAX), PAUSE_MOST);
+        assert_eq!(pause(60, 0), Duration::ZERO);
+    }
+}
