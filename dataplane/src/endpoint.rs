@@ -17,7 +17,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use genie_proto::{Incoming, Outgoing, SessionId, TransferId};
+use genie_proto::{Incoming, Integrity, Outgoing, SessionId, TransferId};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 
 use crate::engine::ring::{self, Full, Receiver, Sender};
@@ -165,6 +165,19 @@ impl Endpoint {
 
     /// Opens a path to the peer; resolves once a packet went there and back.
     pub async fn open(&self, session: SessionId, remote: Remote) -> Result<Duration, OpenError> {
+        self.open_with(session, remote, Integrity::Digest).await
+    }
+
+    /// [`Endpoint::open`], for a session whose transfers are under checksums or
+    /// not: the other end must open it with the same. Without, a transfer that
+    /// succeeded was applied, and nobody compared its bytes; no other session
+    /// can go on with one that was interrupted.
+    pub async fn open_with(
+        &self,
+        session: SessionId,
+        remote: Remote,
+        integrity: Integrity,
+    ) -> Result<Duration, OpenError> {
         let (answer, answered) = oneshot::channel();
         let operation = self.expect_answer(Waiting::Open(answer));
         if self
@@ -172,6 +185,7 @@ impl Endpoint {
                 operation,
                 session,
                 remote,
+                integrity,
             })
             .is_err()
         {

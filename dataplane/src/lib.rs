@@ -21,4 +21,4 @@ pub mod stage;
 pub mod tcp;
 
 pub use genie_proto::seal::{Secret, Secrets};
-pub use genie_proto::{Digest, SessionId, TransferId};
+pub use genie_proto::{Digest, Integrity, SessionId, TransferId};

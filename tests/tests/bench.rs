@@ -45,6 +45,7 @@ fn a_row_has_every_field_and_they_agree() {
             (&Value::Bool(true), &Value::Null),
             "{row}"
         );
+        assert_eq!(row["digest"], true);
         assert_eq!(
             (&row["transport"], &row["device"]),
             (&"tcp".into(), &"tcp → tcp".into())
@@ -144,6 +145,28 @@ fn a_device_that_is_not_there_is_a_row_with_a_reason_and_a_failure() {
     assert_eq!(
         report["rows"][1]["verified"], true,
         "the other transport is measured all the same"
+    );
+}
+
+#[test]
+fn rows_without_digests_are_verified_by_comparison_and_say_so() {
+    let report = report(&format!(
+        "--spawn --transport tcp,shm --digest off --hot --op send --block-size 4k,1m \
+         --check-consistency --baseline none {SHORT}"
+    ));
+    let rows = report["rows"].as_array().unwrap();
+    assert_eq!(rows.len(), 4);
+    for row in rows {
+        assert_eq!(
+            (&row["verified"], &row["digest"]),
+            (&true.into(), &false.into()),
+            "{row}"
+        );
+        assert!(row["name"].as_str().unwrap().contains("no-digest"), "{row}");
+    }
+    assert!(
+        report["notes"].to_string().contains("no digests"),
+        "{report}"
     );
 }
 
@@ -253,7 +276,7 @@ fn what_is_not_built_is_a_usage_error() {
     for (args, reason) in [
         ("--in-process --op read", "--spawn starts two"),
         ("--node b --op pingpong", "send, read and write"),
-        ("--spawn --digest off", "checks every byte"),
+        ("--spawn --digest off --op write", "agents check every byte"),
         ("--spawn --transport mem", "--in-process"),
         ("--spawn --block-size 0", "--block-size"),
     ] {

@@ -7,7 +7,7 @@ use genie_dataplane::device::pair::PairDevice;
 use genie_dataplane::dpdk::{self, DeviceSpec};
 use genie_dataplane::endpoint::{Completions, Endpoint, Running};
 use genie_dataplane::engine::{Receipt, udp};
-use genie_dataplane::{Secrets, SessionId, shm, tcp};
+use genie_dataplane::{Integrity, Secrets, SessionId, shm, tcp};
 use serde::{Deserialize, Serialize};
 
 use super::BenchError;
@@ -43,6 +43,8 @@ pub struct Node {
     pub local: Local,
     /// What packets are sealed with at this end, if they are.
     pub secrets: Option<Secrets>,
+    /// Whether blocks are under checksums.
+    pub integrity: Integrity,
     completions: Completions,
     thread: Option<std::thread::JoinHandle<()>>,
     used: Usage,
@@ -117,6 +119,7 @@ impl Node {
             session,
             local,
             secrets: setup.secrets.clone(),
+            integrity: setup.integrity,
             completions,
             thread: Some(thread),
             used,

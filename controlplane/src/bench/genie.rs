@@ -149,8 +149,8 @@ pub fn open_path(
         secrets: node.secrets.clone(),
     };
     let remote = remote.remote(&node.local, session, keys, dialled);
-    let (endpoint, ours) = (node.endpoint.clone(), node.session);
-    let opening = std::pin::pin!(endpoint.open(ours, remote));
+    let (endpoint, ours, integrity) = (node.endpoint.clone(), node.session, node.integrity);
+    let opening = std::pin::pin!(endpoint.open_with(ours, remote, integrity));
     node.wait(opening)??;
     Ok(())
 }

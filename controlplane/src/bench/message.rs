@@ -2,7 +2,7 @@
 
 use genie_client::Memory;
 use genie_dataplane::ledger::Copies;
-use genie_dataplane::{Secrets, SessionId, TransferId};
+use genie_dataplane::{Integrity, Secrets, SessionId, TransferId};
 use serde::{Deserialize, Serialize};
 
 use super::baseline::raw::{Received, Use};
@@ -102,6 +102,8 @@ pub struct Setup {
     pub congestion: Option<String>,
     /// What packets of a device are sealed with at this end, if they are.
     pub secrets: Option<Secrets>,
+    /// Whether blocks are under checksums.
+    pub integrity: Integrity,
 }
 
 /// What the other process answers.

@@ -7,6 +7,7 @@ use std::time::Duration;
 use clap::{Args, ValueEnum};
 use genie_client::Memory;
 use genie_client::protocol::{BATCHES_MAX, ParseMemoryError};
+use genie_dataplane::Integrity;
 use genie_dataplane::memory::accelerator::MemoryKind;
 
 use super::BenchError;
@@ -33,7 +34,7 @@ pub enum Op {
 pub enum Digest {
     /// Every byte under CRC32C
     On,
-    /// Not at all
+    /// No checksums: contents are compared after each row, and nothing else is
     Off,
 }
 
@@ -157,6 +158,8 @@ pub struct Plan {
     pub kinds_asked: bool,
     /// Whether agents that run already carry blocks, as they have agreed.
     pub through_running: bool,
+    /// Whether blocks are under checksums.
+    pub integrity: Integrity,
     /// The rows of each.
     pub rows: Vec<PlannedRow>,
     /// The baselines.
@@ -227,6 +230,10 @@ impl BenchArgs {
             kinds,
             kinds_asked: through_running || !self.transport.is_empty(),
             through_running,
+            integrity: match self.digest {
+                Digest::On => Integrity::Digest,
+                Digest::Off => Integrity::None,
+            },
             rows: self.rows(&sizes),
             baselines,
             baselines_asked: !self.baseline.is_empty(),
@@ -296,11 +303,6 @@ impl BenchArgs {
 
     fn refuse(&self) -> Result<(), BenchError> {
         self.refuse_agents()?;
-        if self.digest == Digest::Off {
-            return Err(BenchError::NotBuilt(
-                "--digest off: Genie checks every byte, it has no mode without",
-            ));
-        }
         if self
             .rate
             .is_some_and(|rate| !(rate.is_finite() && rate > 0.0))
@@ -337,6 +339,11 @@ impl BenchArgs {
             return refused(
                 "--op read, --op write and an accelerator's --memory go through agents: \
                  --spawn starts two, --node NAME is a peer of the one that runs here",
+            );
+        }
+        if self.digest == Digest::Off {
+            return refused(
+                "--digest off: agents check every byte; --op send and pingpong of engines go without",
             );
         }
         if self.place.node.is_some() && !self.transport.is_empty() {
@@ -463,7 +470,7 @@ mod tests {
             ("--spawn --op write --batch-size 65", "at most 64"),
             ("--node b --transport tcp", "have agreed"),
             ("--spawn --memory tape", "no kind of memory"),
-            ("--spawn --digest off", "checks every byte"),
+            ("--spawn --digest off --op read", "agents check every byte"),
             ("--spawn --threads 0", "0 is not in 1..=64"),
             ("--spawn --transport mem", "--in-process"),
             ("--spawn --rate 0", "above 0"),

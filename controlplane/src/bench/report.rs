@@ -112,8 +112,12 @@ pub struct Row {
     pub kernel_copies_per_byte: Option<f64>,
     /// Segments sent again.
     pub retransmits: Option<u64>,
+    /// Whether every byte was under a checksum, and both ends' digests were
+    /// equal; of Genie's rows only.
+    #[serde(default)]
+    pub digest: Option<bool>,
     /// Whether every byte that was looked at is the one that was sent, and
-    /// both ends' digests were equal. A baseline without a checksum is `false`.
+    /// both ends' digests were equal where there are digests. A baseline without a checksum is `false`.
     pub verified: bool,
     /// Why this carrier and not a better one.
     pub reasons: Vec<String>,

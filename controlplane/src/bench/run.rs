@@ -3,6 +3,7 @@
 use std::io::Write;
 
 use genie_client::Memory;
+use genie_dataplane::Integrity;
 use genie_dataplane::memory::accelerator::MemoryKind;
 use indicatif::{ProgressBar, ProgressStyle};
 
@@ -362,6 +363,7 @@ impl<'a> Bench<'a> {
             batch_size: row.batch_size,
             threads: Some(self.plan.threads),
             streams: (way.kind == Some(Kind::Tcp)).then_some(self.plan.streams),
+            digest: Some(self.plan.integrity == Integrity::Digest),
             reasons: vec![chosen],
             ..Row::default()
         }
@@ -383,8 +385,12 @@ impl<'a> Bench<'a> {
             MemoryKind::Host => String::new(),
             kind => format!("{kind} "),
         };
+        let digest = match self.plan.integrity {
+            Integrity::Digest => "",
+            Integrity::None => "no-digest ",
+        };
         format!(
-            "{}{control} {} {memory}{} {}",
+            "{}{control} {} {memory}{} {digest}{}",
             self.label(way),
             op_name(row.op),
             temperature(row.cold),
@@ -470,6 +476,12 @@ impl<'a> Bench<'a> {
                 "the repeats differ by more than 10 %: {}",
                 names.join(", ")
             ));
+        }
+        if self.plan.integrity == Integrity::None {
+            notes.push(
+                "no digests: Genie's bytes were under no checksum, and are verified by comparison only"
+                    .into(),
+            );
         }
         if self.plan.memory == Memory::Sim {
             notes.push(

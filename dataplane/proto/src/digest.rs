@@ -25,6 +25,29 @@ impl fmt::Display for Digest {
     }
 }
 
+/// Whether the bytes of a session's transfers are under checksums. Both ends
+/// must mean the same: where they do not, segments fail their check.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Integrity {
+    /// CRC32C of every segment, and a digest of the whole that both ends compare.
+    #[default]
+    Digest,
+    /// None: checksums and digests of payloads are zero and nobody computes
+    /// them. Headers and control packets are checked all the same.
+    None,
+}
+
+impl Integrity {
+    /// What stands for a payload's CRC32C: `compute`, if there is one.
+    pub fn checksum(self, compute: impl FnOnce() -> u32) -> u32 {
+        match self {
+            Self::Digest => compute(),
+            Self::None => 0,
+        }
+    }
+}
+
 /// Accumulates a [`Digest`] from the CRC32C of each segment.
 ///
 /// Segments may come in any order and of any size; each byte must be covered

@@ -8,7 +8,8 @@
 //!
 //! The invariant of the crate: *a transfer is reported as [`Event::Received`] or
 //! [`Event::Sent`] only after every byte was applied at the receiver under a
-//! segment checksum that matched, and the digests of both ends were equal.*
+//! segment checksum that matched, and the digests of both ends were equal.* (Not
+//! where both asked for [`Integrity::None`].)
 //!
 //! Reading order: [`wire`] (the bytes), [`transfer`] and [`digest`] (what is
 //! moved; also used by the TCP engine), [`connection`] (the state machine),
@@ -33,7 +34,7 @@ pub use connection::{
     CloseReason, Config, Connection, DropCause, Event, FailReason, PathLostReason, Retransmits,
     Stats, TransferError, Transmit,
 };
-pub use digest::{Digest, DigestBuilder};
+pub use digest::{Digest, DigestBuilder, Integrity};
 pub use id::{Segment, SessionId, TransferId};
 pub use time::Time;
 pub use transfer::{Incoming, Outgoing};

@@ -4,7 +4,7 @@
 
 use std::time::Duration;
 
-use genie_proto::{Digest, Incoming, Outgoing, SessionId, TransferId};
+use genie_proto::{Digest, Incoming, Integrity, Outgoing, SessionId, TransferId};
 use serde::{Deserialize, Serialize};
 
 use super::{Interrupted, Partial};
@@ -26,6 +26,8 @@ pub enum Command {
         session: SessionId,
         /// Where the peer is and how it calls the session.
         remote: Remote,
+        /// Whether its transfers are under checksums.
+        integrity: Integrity,
     },
     /// Expect a transfer into `into`, whose length is the grant.
     Receive {
@@ -124,7 +126,8 @@ pub enum Completion {
 pub struct Receipt {
     /// Bytes delivered.
     pub bytes: u64,
-    /// CRC32C of all of them, equal at both ends.
+    /// CRC32C of all of them, equal at both ends; zero where the session has
+    /// [`Integrity::None`].
     pub digest: Digest,
     /// Segments this end sent more than once.
     pub retransmits: u64,

@@ -327,8 +327,26 @@ impl<D: Device> Engine<D> {
                 operation,
                 session,
                 remote: super::Remote::Udp(remote),
+                integrity,
             } => {
-                core.open(now, operation, session, remote, device.capabilities());
+                let capabilities = device.capabilities();
+                let own = session::Own {
+                    mtu: capabilities.mtu,
+                    credit: credit(capabilities.rx_descriptors),
+                    integrity,
+                };
+                let sealing = match remote.secrets {
+                    Some(_) => core.prepare_sealing(capabilities),
+                    None => Ok(()),
+                };
+                match sealing {
+                    Ok(()) => core.open(now, operation, session, remote, own),
+                    Err(error) => {
+                        let reason = format!("no memory for sealed packets: {error}");
+                        let result = Err(OpenError::Refused(reason));
+                        core.outbox.push(Completion::Opened { operation, result });
+                    }
+                }
             }
             Command::Open { operation, .. } => {
                 let result = Err(OpenError::NoCommonAddress);
@@ -527,19 +545,8 @@ impl Core {
         operation: OperationId,
         id: SessionId,
         remote: Remote,
-        capabilities: &Capabilities,
+        own: session::Own,
     ) {
-        if remote.secrets.is_some()
-            && let Err(error) = self.prepare_sealing(capabilities)
-        {
-            let reason = format!("no memory for sealed packets: {error}");
-            let result = Err(OpenError::Refused(reason));
-            return self.outbox.push(Completion::Opened { operation, result });
-        }
-        let own = session::Own {
-            mtu: capabilities.mtu,
-            credit: credit(capabilities.rx_descriptors),
-        };
         let Some((address, peer)) = self.link.choose(&remote.local.addresses) else {
             let result = Err(OpenError::NoCommonAddress);
             return self.outbox.push(Completion::Opened { operation, result });

@@ -8,7 +8,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use genie_proto::{Digest, DigestBuilder};
+use genie_proto::{Digest, DigestBuilder, Integrity};
 
 use crate::engine::{Cost, Interrupted, OperationId, Partial};
 use crate::ledger::Copies;
@@ -53,6 +53,7 @@ pub(crate) struct Copying {
     /// Where the tensor begins in that.
     at: u64,
     done: usize,
+    integrity: Integrity,
     digest: DigestBuilder,
 }
 
@@ -68,6 +69,7 @@ pub(crate) struct Outgoing {
     /// What the receiver says it has.
     pub(crate) theirs: Option<Digest>,
     done: usize,
+    integrity: Integrity,
     digest: DigestBuilder,
 }
 
@@ -95,11 +97,12 @@ impl Incoming {
 
 impl Copying {
     /// Begins to copy what lies `at` in `memory`.
-    pub(crate) fn new(memory: Arc<OwnedFd>, at: u64, into: &Lease) -> Self {
+    pub(crate) fn new(memory: Arc<OwnedFd>, at: u64, into: &Lease, integrity: Integrity) -> Self {
         Self {
             memory,
             at,
             done: 0,
+            integrity,
             digest: DigestBuilder::new(into.len() as u64),
         }
     }
@@ -118,7 +121,8 @@ impl Copying {
             if read == 0 {
                 return Err(io::ErrorKind::UnexpectedEof.into());
             }
-            let crc = into.crc32c(self.done..self.done + read);
+            let copied = self.done..self.done + read;
+            let crc = self.integrity.checksum(|| into.crc32c(copied));
             self.digest.add(self.done as u64, read as u64, crc);
             self.done += read;
         }
@@ -129,12 +133,18 @@ impl Copying {
 
 impl Outgoing {
     /// Nothing is checked yet.
-    pub(crate) fn new(operation: OperationId, from: Lease, spent: Cost) -> Self {
+    pub(crate) fn new(
+        operation: OperationId,
+        from: Lease,
+        spent: Cost,
+        integrity: Integrity,
+    ) -> Self {
         Self {
             operation,
             spent,
             theirs: None,
             done: 0,
+            integrity,
             digest: DigestBuilder::new(from.len() as u64),
             from,
         }
@@ -152,7 +162,7 @@ impl Outgoing {
         let before = self.done;
         while self.done < self.from.len() && self.done - before < limit {
             let end = self.from.len().min(self.done + BLOCK);
-            let crc = self.from.crc32c(self.done..end);
+            let crc = (self.integrity).checksum(|| self.from.crc32c(self.done..end));
             self.digest
                 .add(self.done as u64, (end - self.done) as u64, crc);
             self.done = end;

@@ -7,7 +7,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
-use genie_proto::SessionId;
+use genie_proto::{Integrity, SessionId};
 use rustix::event::Timespec;
 use rustix::event::epoll::{self, EventData, EventFlags};
 use rustix::io::Errno;
@@ -138,7 +138,8 @@ impl Engine {
                 operation,
                 session,
                 remote,
-            } => self.open(operation, session, remote),
+                integrity,
+            } => self.open(operation, session, remote, integrity),
             Command::Receive {
                 operation,
                 session,
@@ -186,12 +187,18 @@ impl Engine {
         }
     }
 
-    fn open(&mut self, operation: OperationId, id: SessionId, remote: crate::engine::Remote) {
+    fn open(
+        &mut self,
+        operation: OperationId,
+        id: SessionId,
+        remote: crate::engine::Remote,
+        integrity: Integrity,
+    ) {
         let opened = match remote {
             _ if self.sessions.contains_key(&id) => {
                 Err(OpenError::Refused("the session is open already".into()))
             }
-            crate::engine::Remote::Shm(remote) => self.begin(operation, id, remote),
+            crate::engine::Remote::Shm(remote) => self.begin(operation, id, remote, integrity),
             _ => Err(OpenError::Refused(
                 "this engine passes descriptors, the peer was described for another".into(),
             )),
@@ -209,8 +216,9 @@ impl Engine {
         operation: OperationId,
         id: SessionId,
         remote: Remote,
+        integrity: Integrity,
     ) -> Result<(), OpenError> {
-        let mut session = Session::open(operation, remote, &self.context)?;
+        let mut session = Session::open(operation, remote, integrity, &self.context)?;
         if let Some(connection) = session.connection() {
             let key = self.next_key;
             watch(&self.epoll, connection, key)

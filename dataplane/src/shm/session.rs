@@ -11,7 +11,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use genie_proto::{Digest, SessionId, TransferId};
+use genie_proto::{Digest, Integrity, SessionId, TransferId};
 
 use super::copy::{Copying, Incoming, Outgoing, Stage};
 use super::message::{Message, Reason};
@@ -40,6 +40,7 @@ const HEARTBEATS: u32 = 4;
 #[derive(Debug)]
 pub(crate) struct Session {
     remote: Remote,
+    integrity: Integrity,
     connection: Option<Connection>,
     opening: Option<Opening>,
     incoming: HashMap<TransferId, Incoming>,
@@ -117,6 +118,7 @@ impl Session {
     pub(crate) fn open(
         operation: OperationId,
         remote: Remote,
+        integrity: Integrity,
         context: &Context,
     ) -> Result<Self, OpenError> {
         let connection = match &remote.role {
@@ -134,6 +136,7 @@ impl Session {
         };
         let mut session = Self {
             remote,
+            integrity,
             connection,
             opening: Some(Opening {
                 operation,
@@ -256,8 +259,10 @@ impl Session {
             len: from.len() as u64,
         };
         self.moved_at = context.now;
-        self.outgoing
-            .insert(transfer, Outgoing::new(operation, from, spent));
+        self.outgoing.insert(
+            transfer,
+            Outgoing::new(operation, from, spent, self.integrity),
+        );
         self.work.push_back((transfer, Way::Out));
         self.tell(offer)
     }
@@ -401,7 +406,12 @@ impl Session {
                 match self.memories.get(&region) {
                     None => return Err(protocol("a region that was not passed")),
                     Some(Some((memory, whole))) if end.is_some_and(|end| end <= *whole) => {
-                        let copying = Copying::new(Arc::clone(memory), offset, &incoming.into);
+                        let copying = Copying::new(
+                            Arc::clone(memory),
+                            offset,
+                            &incoming.into,
+                            self.integrity,
+                        );
                         incoming.stage = Stage::Copying(copying);
                         self.moved_at = context.now;
                         self.work.push_back((transfer, Way::In));

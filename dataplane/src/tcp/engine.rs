@@ -7,7 +7,7 @@ use std::io;
 use std::net::{SocketAddr, TcpListener};
 use std::time::{Duration, Instant};
 
-use genie_proto::SessionId;
+use genie_proto::{Integrity, SessionId};
 use rustix::event::Timespec;
 use rustix::event::epoll::{self, EventData, EventFlags};
 
@@ -142,7 +142,8 @@ impl Engine {
                 operation,
                 session,
                 remote,
-            } => self.open(operation, session, remote),
+                integrity,
+            } => self.open(operation, session, remote, integrity),
             Command::Receive {
                 operation,
                 session,
@@ -190,7 +191,13 @@ impl Engine {
         }
     }
 
-    fn open(&mut self, operation: OperationId, id: SessionId, remote: crate::engine::Remote) {
+    fn open(
+        &mut self,
+        operation: OperationId,
+        id: SessionId,
+        remote: crate::engine::Remote,
+        integrity: Integrity,
+    ) {
         let refused = |reason: &str| OpenError::Refused(reason.to_owned());
         let opened = match remote {
             _ if self.sessions.contains_key(&id) => {
@@ -200,7 +207,7 @@ impl Engine {
                 Err(refused("this engine speaks TCP, the peer was described for another").into())
             }
             crate::engine::Remote::Tcp(remote) => {
-                Session::open(id, operation, remote, &self.context)
+                Session::open(id, operation, remote, integrity, &self.context)
             }
         };
         match opened {

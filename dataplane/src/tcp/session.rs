@@ -15,7 +15,7 @@ use std::io;
 use std::net::TcpStream;
 use std::time::{Duration, Instant};
 
-use genie_proto::{SessionId, TransferId};
+use genie_proto::{Integrity, SessionId, TransferId};
 
 pub(crate) use receive::{ReadEnd, Turn};
 
@@ -39,6 +39,7 @@ const GIVEN_UP_MAX: usize = 64;
 pub(crate) struct Session {
     id: SessionId,
     remote: Remote,
+    integrity: Integrity,
     streams: Vec<Option<Stream>>,
     opening: Option<Opening>,
     incoming: HashMap<TransferId, Incoming>,
@@ -78,6 +79,7 @@ impl Session {
         id: SessionId,
         operation: OperationId,
         remote: Remote,
+        integrity: Integrity,
         context: &Context,
     ) -> Result<Self, Ended> {
         let streams = usize::from(remote.streams);
@@ -89,6 +91,7 @@ impl Session {
         let mut session = Self {
             id,
             remote,
+            integrity,
             streams: std::iter::repeat_with(|| None).take(streams).collect(),
             opening: Some(Opening {
                 operation,

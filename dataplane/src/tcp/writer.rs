@@ -9,8 +9,8 @@ use std::net::TcpStream;
 use std::ops::Range;
 
 use arrayvec::ArrayVec;
-use genie_proto::TransferId;
 use genie_proto::transfer::Piece;
+use genie_proto::{Integrity, TransferId};
 
 use super::frame::{HEADER_LEN, Header, Kind};
 use super::socket::Gather;
@@ -43,17 +43,24 @@ pub(crate) struct Chunk {
     pub(crate) piece: Piece,
     /// The whole tensor.
     source: Lease,
+    integrity: Integrity,
     /// CRC32C of its first bytes, which the kernel has, where a SUM follows.
     summed: Option<(u32, usize)>,
 }
 
 impl Chunk {
     /// A chunk of `source` of which nothing is written, and whose CRC is not known.
-    pub(crate) fn new(transfer: TransferId, source: Lease, piece: Piece) -> Self {
+    pub(crate) fn new(
+        transfer: TransferId,
+        source: Lease,
+        piece: Piece,
+        integrity: Integrity,
+    ) -> Self {
         Self {
             transfer,
             piece,
             source,
+            integrity,
             summed: Some((0, 0)),
         }
     }
@@ -61,7 +68,8 @@ impl Chunk {
     /// Reads its CRC now; no SUM follows.
     pub(crate) fn read_crc(&mut self) -> u32 {
         self.summed = None;
-        self.source.crc32c(self.range(0))
+        let range = self.range(0);
+        self.integrity.checksum(|| self.source.crc32c(range))
     }
 
     /// Its length in bytes.
@@ -80,9 +88,9 @@ impl Chunk {
     fn sum_up_to(&mut self, written: usize) {
         let begin = self.piece.offset as usize;
         if let Some((crc, done)) = &mut self.summed {
-            *crc = self
-                .source
-                .crc32c_append(*crc, begin + *done..begin + written);
+            let source = &self.source;
+            *crc = (self.integrity)
+                .checksum(|| source.crc32c_append(*crc, begin + *done..begin + written));
             *done = written;
         }
     }

@@ -67,6 +67,7 @@ impl Bench<'_> {
             mtu: self.args.mtu,
             congestion: congestion.map(str::to_owned),
             secrets: secrets(security),
+            integrity: self.plan.integrity,
         };
         let folder = other
             .folder

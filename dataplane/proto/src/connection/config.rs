@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use crate::congestion::Algorithm;
+use crate::digest::Integrity;
 use crate::transfer::GRANULE;
 use crate::wire::{CONTROL_MAX, HEADER_LEN};
 
@@ -39,6 +40,8 @@ pub struct Config {
     /// applied or acknowledged. A path that carries small packets only, or a
     /// peer that answers but does nothing, is lost after that.
     pub progress_limit: Duration,
+    /// Whether payloads are under checksums; both ends must say the same.
+    pub integrity: Integrity,
     /// The congestion controller.
     pub congestion: Algorithm,
     /// Transfer slots that each direction may use: `0..slots_max`.
@@ -75,6 +78,7 @@ impl Default for Config {
             pto_limit: 20,
             idle_limit: Duration::from_secs(2),
             progress_limit: Duration::from_secs(30),
+            integrity: Integrity::Digest,
             congestion: Algorithm::Tolerant,
             slots_max: 1 << 16,
             seed: 0,

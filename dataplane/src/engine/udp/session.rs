@@ -15,7 +15,7 @@ use std::time::Duration;
 
 use genie_proto::seal::{Opener, Sealer, TAG_LEN};
 use genie_proto::{
-    Connection, DropCause, Event, Segment, SessionId, Time, TransferId, connection, wire,
+    Connection, DropCause, Event, Integrity, Segment, SessionId, Time, TransferId, connection, wire,
 };
 
 use super::slots::Slots;
@@ -59,6 +59,7 @@ pub(super) struct Session {
     detaching: Vec<Detaching>,
     /// Seals packets and opens them; none where they are plain.
     security: Option<Box<Security>>,
+    integrity: Integrity,
     /// Bytes that Genie copied between packets, its own memory and tensors.
     copied_bytes: u64,
 }
@@ -100,6 +101,7 @@ pub(super) struct Opening {
 pub(super) struct Own {
     pub(super) mtu: u16,
     pub(super) credit: u16,
+    pub(super) integrity: Integrity,
 }
 
 struct Incoming {
@@ -237,6 +239,7 @@ impl Session {
             receive_credit: u32::from(own.credit),
             remote_credit: u32::from(remote.local.credit),
             idle_limit: opening.limit,
+            integrity: own.integrity,
             seed: fastrand::u64(..),
             ..connection::Config::default()
         };
@@ -254,6 +257,7 @@ impl Session {
             outgoing: HashMap::new(),
             detaching: Vec::new(),
             security,
+            integrity: own.integrity,
             copied_bytes: 0,
         }
     }
@@ -397,6 +401,7 @@ impl Session {
         let Self {
             connection,
             incoming,
+            integrity,
             copied_bytes,
             ..
         } = self;
@@ -404,14 +409,21 @@ impl Session {
         let payload = payload.unwrap_or_default();
         let place = |segment: Option<Segment>| {
             let Some(segment) = segment else {
-                return payload.crc32c();
+                return integrity.checksum(|| payload.crc32c());
             };
             let transfer = incoming
                 .get_mut(&segment.transfer)
                 .expect("the connection places only into transfers it was given");
             transfer.placed += payload.len() as u64;
             *copied_bytes += payload.len() as u64;
-            transfer.into.place(segment.offset as usize, payload)
+            let at = segment.offset as usize;
+            match integrity {
+                Integrity::Digest => transfer.into.place(at, payload),
+                Integrity::None => {
+                    transfer.into.write_at(at, payload);
+                    0
+                }
+            }
         };
         connection.handle_datagram(now, head, datagram.len(), place);
     }
@@ -459,16 +471,16 @@ impl Session {
             connection,
             outgoing,
             flow,
+            integrity,
             ..
         } = self;
         let flow = flow.as_ref()?;
         let crc = |segment: Segment| {
             let (start, len) = (segment.offset as usize, segment.len as usize);
             let from = &outgoing[&segment.transfer].from;
-            match &mut slots {
-                Some(slots) => slots.load(from, start, len),
-                None => from.crc32c(start..start + len),
-            }
+            // Sealed payloads are read in any case.
+            let loaded = slots.as_mut().map(|slots| slots.load(from, start, len));
+            integrity.checksum(|| loaded.unwrap_or_else(|| from.crc32c(start..start + len)))
         };
         let Some(transmit) = connection.poll_transmit(now, crc) else {
             if let State::Ended { told, .. } = &mut self.state {

@@ -232,7 +232,7 @@ impl Session {
             return Ok(());
         };
         let begin = header.offset as usize;
-        let crc = target.crc32c(begin..begin + len);
+        let crc = (self.integrity).checksum(|| target.crc32c(begin..begin + len));
         drop(target);
         let Some(incoming) = self.incoming.get_mut(&header.transfer) else {
             return Ok(());

@@ -66,7 +66,7 @@ impl Session {
                 continue;
             };
             outgoing.writing += 1;
-            let mut chunk = Chunk::new(transfer, outgoing.from.clone(), piece);
+            let mut chunk = Chunk::new(transfer, outgoing.from.clone(), piece, self.integrity);
             let mut header = Header {
                 payload_len: piece.len as u32,
                 offset: piece.offset,
