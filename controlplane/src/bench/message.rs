@@ -6,6 +6,7 @@ use genie_dataplane::{Integrity, Secrets, SessionId, TransferId};
 use serde::{Deserialize, Serialize};
 
 use super::baseline::raw::{Received, Use};
+use super::baseline::tcp::How;
 use super::carriers::Kind;
 use super::pool::Layout;
 use crate::transport::Local;
@@ -63,16 +64,12 @@ pub enum Request {
     Stop,
     /// What was used so far; [`Reply::Used`].
     Usage,
-    /// Accept a bare connection; [`Reply::Port`].
+    /// Accept bare connections; [`Reply::Port`].
     BareTcp {
         /// Where blocks lie.
         layout: Layout,
-        /// Whether each block is followed by its CRC32C.
-        crc: bool,
-        /// Whether to send each block back.
-        echo: bool,
-        /// The kernel's congestion control, if one was asked for.
-        congestion: Option<String>,
+        /// What is done with them.
+        how: How,
     },
     /// Start `iperf3 --server --one-off`; [`Reply::Port`].
     Iperf3,

@@ -159,19 +159,9 @@ impl Peer {
                     ..Usage::default()
                 },
             })),
-            Request::BareTcp {
-                layout,
-                crc,
-                echo,
-                congestion,
-            } => {
+            Request::BareTcp { layout, how } => {
                 let ip = self.channel.local().map_err(BenchError::Channel)?.ip();
                 let pool = self.pool.clone().ok_or(BenchError::Garbage)?;
-                let how = tcp::How {
-                    crc,
-                    echo,
-                    congestion,
-                };
                 Ok(Reply::Port(tcp::serve_once(ip, pool, layout, how)?))
             }
             Request::Iperf3 => Ok(Reply::Port(iperf3::serve_once()?)),

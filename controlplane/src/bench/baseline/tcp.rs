@@ -1,12 +1,15 @@
 //! Bare sockets: what kernel TCP carries with the same memory and nothing else.
 //!
-//! One connection, one thread at each end, blocking calls of 256 KiB. The
-//! receiver answers each block with one byte, or with the block. With CRC32C,
-//! each piece is followed by its own, which the receiver compares.
+//! As many connections as Genie has, one thread at each end, as Genie has, and
+//! blocking calls of 256 KiB, each on the next connection. The receiver answers
+//! each block with one byte, or with the block. With CRC32C, each piece comes
+//! with its own, which the receiver compares.
 
 use std::io::{Read, Write};
 use std::net::{IpAddr, TcpListener, TcpStream};
 use std::time::{Duration, Instant};
+
+use serde::{Deserialize, Serialize};
 
 use crate::bench::BenchError;
 use crate::bench::channel::wait_readable;
@@ -24,12 +27,14 @@ const ARRIVED: u8 = 1;
 const DAMAGED: u8 = 2;
 
 /// What is done with the blocks of a row.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct How {
     /// Whether each piece is followed by its CRC32C.
     pub crc: bool,
     /// Whether each block is sent back.
     pub echo: bool,
+    /// Connections.
+    pub streams: u16,
     /// The kernel's congestion control, if one was asked for.
     pub congestion: Option<String>,
 }
@@ -37,13 +42,17 @@ pub struct How {
 /// The sending end.
 #[derive(Debug)]
 pub struct BareTcp {
-    stream: TcpStream,
+    streams: Streams,
     source: Source,
     layout: Layout,
     how: How,
     begun: u64,
     waiting: std::collections::VecDeque<Slot>,
 }
+
+/// Connections of one end, in the same order at both.
+#[derive(Debug)]
+struct Streams(Vec<TcpStream>);
 
 /// Ordinary memory of a row: what `read` and `write` take.
 #[derive(Debug)]
@@ -69,7 +78,7 @@ impl Source {
     }
 }
 
-/// Accepts one connection in a thread of its own and receives what comes;
+/// Accepts a row's connections in a thread of its own and receives what comes;
 /// returns the port.
 pub fn serve_once(ip: IpAddr, pool: Pool, layout: Layout, how: How) -> Result<u16, BenchError> {
     let listener = TcpListener::bind((ip, 0)).map_err(BenchError::Channel)?;
@@ -77,20 +86,16 @@ pub fn serve_once(ip: IpAddr, pool: Pool, layout: Layout, how: How) -> Result<u1
     let mut into = Source::new(&pool, &layout)?;
     std::thread::spawn(move || {
         // The other end sees the connection end and says so.
-        let Ok((mut stream, _)) = listener.accept() else {
+        let Ok(mut streams) = Streams::accept(&listener, &how) else {
             return;
         };
-        let _ = stream.set_nodelay(true);
         let How { crc, echo, .. } = how;
-        if how.choose_congestion(&stream).is_err() {
-            return;
-        }
         let mut number = 0;
-        while let Ok(intact) = read_block(&mut stream, into.block(&layout, number), crc) {
+        while let Ok(intact) = streams.read_block(into.block(&layout, number), crc) {
             let answer = if echo {
-                write_block(&mut stream, into.block(&layout, number), false)
+                streams.write_block(into.block(&layout, number), false)
             } else {
-                stream.write_all(&[if intact { ARRIVED } else { DAMAGED }])
+                streams.0[0].write_all(&[if intact { ARRIVED } else { DAMAGED }])
             };
             if answer.is_err() {
                 return;
@@ -102,8 +107,10 @@ pub fn serve_once(ip: IpAddr, pool: Pool, layout: Layout, how: How) -> Result<u1
 }
 
 impl How {
-    /// What was asked for, or what Genie takes: over loopback cubic, where that is there.
-    fn choose_congestion(&self, stream: &TcpStream) -> std::io::Result<()> {
+    /// Sends at once, under the congestion control that was asked for, or what
+    /// Genie takes: over loopback cubic, where that is there.
+    fn set_up(&self, stream: &TcpStream) -> std::io::Result<()> {
+        stream.set_nodelay(true)?;
         let choose = |name| rustix::net::sockopt::set_tcp_congestion(stream, name);
         match &self.congestion {
             Some(name) => choose(name)?,
@@ -125,19 +132,10 @@ impl BareTcp {
         layout: Layout,
         how: How,
     ) -> Result<Self, BenchError> {
-        let stream = TcpStream::connect_timeout(&to.into(), LIMIT).map_err(BenchError::Channel)?;
-        stream.set_nodelay(true).map_err(BenchError::Channel)?;
-        stream
-            .set_read_timeout(Some(LIMIT))
-            .map_err(BenchError::Channel)?;
-        stream
-            .set_write_timeout(Some(LIMIT))
-            .map_err(BenchError::Channel)?;
-        how.choose_congestion(&stream)
-            .map_err(BenchError::Channel)?;
+        let streams = Streams::connect(to, &how).map_err(BenchError::Channel)?;
         let source = Source::new(pool, &layout)?;
         Ok(Self {
-            stream,
+            streams,
             source,
             layout,
             how,
@@ -150,7 +148,7 @@ impl BareTcp {
 impl Carrier for BareTcp {
     fn begin(&mut self, slot: Slot) -> Result<(), BenchError> {
         let block = self.source.block(&self.layout, self.begun);
-        write_block(&mut self.stream, block, self.how.crc).map_err(BenchError::Channel)?;
+        (self.streams.write_block(block, self.how.crc)).map_err(BenchError::Channel)?;
         self.begun += 1;
         self.waiting.push_back(slot);
         Ok(())
@@ -160,7 +158,7 @@ impl Carrier for BareTcp {
         if let Some(until) = until {
             use std::os::fd::AsFd;
             let left = until.saturating_duration_since(Instant::now());
-            wait_readable(&[self.stream.as_fd()], Some(left));
+            wait_readable(&[self.streams.0[0].as_fd()], Some(left));
             if Instant::now() >= until {
                 return Ok(());
             }
@@ -168,14 +166,13 @@ impl Carrier for BareTcp {
         if self.how.echo {
             let number = self.begun - self.waiting.len() as u64;
             let block = self.source.block(&self.layout, number);
-            read_block(&mut self.stream, block, false).map_err(BenchError::Channel)?;
+            (self.streams.read_block(block, false)).map_err(BenchError::Channel)?;
             done.extend(self.waiting.pop_front());
             return Ok(());
         }
         let mut answers = [0; 64];
         let room = self.waiting.len().min(answers.len());
-        let len = self
-            .stream
+        let len = self.streams.0[0]
             .read(&mut answers[..room])
             .map_err(BenchError::Channel)?;
         if len == 0 {
@@ -190,25 +187,61 @@ impl Carrier for BareTcp {
     }
 }
 
-fn write_block(stream: &mut TcpStream, block: &[u8], crc: bool) -> std::io::Result<()> {
-    for piece in block.chunks(PIECE) {
-        if crc {
-            stream.write_all(&crc32c::crc32c(piece).to_ne_bytes())?;
-        }
-        stream.write_all(piece)?;
+impl Streams {
+    fn connect(to: (IpAddr, u16), how: &How) -> std::io::Result<Self> {
+        let connect = |index| {
+            let mut stream = TcpStream::connect_timeout(&to.into(), LIMIT)?;
+            stream.set_read_timeout(Some(LIMIT))?;
+            stream.set_write_timeout(Some(LIMIT))?;
+            how.set_up(&stream)?;
+            stream.write_all(&[index as u8])?;
+            Ok(stream)
+        };
+        let streams = (0..how.streams).map(connect);
+        streams.collect::<Result<_, _>>().map(Self)
     }
-    Ok(())
-}
 
-fn read_block(stream: &mut TcpStream, block: &mut [u8], crc: bool) -> std::io::Result<bool> {
-    let mut intact = true;
-    for piece in block.chunks_mut(PIECE) {
-        let mut expected = [0; 4];
-        if crc {
-            stream.read_exact(&mut expected)?;
-        }
-        stream.read_exact(piece)?;
-        intact &= !crc || crc32c::crc32c(piece) == u32::from_ne_bytes(expected);
+    /// Each says first which of them it is.
+    fn accept(listener: &TcpListener, how: &How) -> std::io::Result<Self> {
+        let accept = |_| {
+            let (mut stream, _) = listener.accept()?;
+            how.set_up(&stream)?;
+            let mut index = [0];
+            stream.read_exact(&mut index)?;
+            Ok((index, stream))
+        };
+        let mut streams = (0..how.streams)
+            .map(accept)
+            .collect::<std::io::Result<Vec<_>>>()?;
+        streams.sort_by_key(|(index, _)| *index);
+        Ok(Self(
+            streams.into_iter().map(|(_, stream)| stream).collect(),
+        ))
     }
-    Ok(intact)
+
+    fn write_block(&mut self, block: &[u8], crc: bool) -> std::io::Result<()> {
+        let count = self.0.len();
+        for (index, piece) in block.chunks(PIECE).enumerate() {
+            let stream = &mut self.0[index % count];
+            if crc {
+                stream.write_all(&crc32c::crc32c(piece).to_ne_bytes())?;
+            }
+            stream.write_all(piece)?;
+        }
+        Ok(())
+    }
+
+    fn read_block(&mut self, block: &mut [u8], crc: bool) -> std::io::Result<bool> {
+        let (count, mut intact) = (self.0.len(), true);
+        for (index, piece) in block.chunks_mut(PIECE).enumerate() {
+            let stream = &mut self.0[index % count];
+            let mut expected = [0; 4];
+            if crc {
+                stream.read_exact(&mut expected)?;
+            }
+            stream.read_exact(piece)?;
+            intact &= !crc || crc32c::crc32c(piece) == u32::from_ne_bytes(expected);
+        }
+        Ok(intact)
+    }
 }

@@ -75,6 +75,7 @@ impl Bench<'_> {
                     let how = How {
                         crc: *crc,
                         echo,
+                        streams: self.plan.streams,
                         congestion: control.clone(),
                     };
                     let measured = self.measure_bare_tcp(&mut other, &pool, row, how)?;
@@ -97,9 +98,7 @@ impl Bench<'_> {
         pool.fill(&layout);
         let request = Request::BareTcp {
             layout,
-            crc: how.crc,
-            echo: how.echo,
-            congestion: how.congestion.clone(),
+            how: how.clone(),
         };
         let port = match ask(&mut other.channel, &request)? {
             Reply::Port(port) => port,
@@ -121,7 +120,7 @@ impl Bench<'_> {
             cold: row.cold,
             block_size: row.block_size,
             batch_size: row.batch_size,
-            streams: Some(1),
+            streams: Some(self.plan.streams),
             verified: how.crc,
             ..Row::default()
         };
@@ -237,7 +236,7 @@ impl Bench<'_> {
                     }
                     Some(reply) => Err(unexpected(reply)),
                 };
-                sent.push(raw::send(&device, FRAME_BYTES, opened, stop)?);
+                sent.push(raw::send(&device, FRAME_BYTES, what, opened, stop)?);
             }
             let rate = |received: &raw::Received| {
                 (received.frames * FRAME_BYTES as u64) as f64 / received.seconds / 1e9
