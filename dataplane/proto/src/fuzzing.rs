@@ -1,6 +1,10 @@
 //! Entry points for the fuzz targets in `fuzz/`, and for the tests that run
 //! their corpus. Any input is fine; a panic is a finding.
 
+mod sealed;
+
+pub use sealed::unseal;
+
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::time::Duration;
 

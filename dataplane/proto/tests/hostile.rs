@@ -24,6 +24,13 @@ proptest! {
     }
 
     #[test]
+    fn only_what_was_sealed_is_opened_and_once(
+        script in proptest::collection::vec(any::<u8>(), 0..2048)
+    ) {
+        fuzzing::unseal(&script);
+    }
+
+    #[test]
     fn random_datagrams_are_dropped_and_counted(
         bytes in proptest::collection::vec(any::<u8>(), 0..100)
     ) {
@@ -62,6 +69,25 @@ fn the_corpus_of_parse_passes() {
     for (name, bytes) in corpus {
         println!("{name}");
         fuzzing::parse(&bytes);
+    }
+}
+
+#[test]
+fn the_corpus_of_sealed_passes() {
+    let opened: HashMap<String, usize> = corpus("sealed")
+        .into_iter()
+        .map(|(name, script)| {
+            println!("{name}");
+            (name, fuzzing::unseal(&script))
+        })
+        .collect();
+    for (name, count) in [
+        ("fair", 64),
+        ("repeated", 1),
+        ("changed", 0),
+        ("epochs", 40),
+    ] {
+        assert_eq!(opened.get(name), Some(&count), "{name}");
     }
 }
 

@@ -465,21 +465,31 @@ impl Session {
     pub(super) fn poll_transmit(
         &mut self,
         now: Time,
-        mut slots: Option<&mut Slots>,
+        slots: Option<&mut Slots>,
     ) -> Option<TxFrame> {
         let Self {
             connection,
             outgoing,
             flow,
             integrity,
+            security,
+            copied_bytes,
             ..
         } = self;
+        let mut sealing = match (security, slots) {
+            (None, _) => None,
+            (Some(security), Some(slots)) => Some((security, slots)),
+            // Nothing of such a session ever leaves as it is.
+            (Some(_), None) => return None,
+        };
         let flow = flow.as_ref()?;
         let crc = |segment: Segment| {
             let (start, len) = (segment.offset as usize, segment.len as usize);
             let from = &outgoing[&segment.transfer].from;
             // Sealed payloads are read in any case.
-            let loaded = slots.as_mut().map(|slots| slots.load(from, start, len));
+            let loaded = sealing
+                .as_mut()
+                .map(|(_, slots)| slots.load(from, start, len));
             integrity.checksum(|| loaded.unwrap_or_else(|| from.crc32c(start..start + len)))
         };
         let Some(transmit) = connection.poll_transmit(now, crc) else {
@@ -490,7 +500,7 @@ impl Session {
         };
         let mut frame = TxFrame::default();
         let payload_len = transmit.payload.map_or(0, |segment| segment.len as usize);
-        let tag = if self.security.is_some() { TAG_LEN } else { 0 };
+        let tag = if sealing.is_some() { TAG_LEN } else { 0 };
         flow.write_headers(&mut frame.head, transmit.head.len() + payload_len + tag);
         let begin = frame.head.len();
         frame
@@ -508,8 +518,8 @@ impl Session {
                 len: segment.len,
             });
         }
-        if let (Some(security), Some(slots)) = (&mut self.security, slots) {
-            self.copied_bytes += payload_len as u64;
+        if let Some((security, slots)) = sealing {
+            *copied_bytes += payload_len as u64;
             security.seal(&mut frame, begin, slots);
         }
         Some(frame)
