@@ -12,6 +12,7 @@
 //! any, and calls itself `sim` wherever it appears.
 
 pub mod cuda;
+pub mod direct;
 mod region;
 pub mod sim;
 
