@@ -5,7 +5,9 @@
 //! Two engines of this process over loopback. In turn: pinned copies to and
 //! from the device, ranges from host to host, and ranges from device to device
 //! through slots. Staging can be no faster than the slowest of the first three;
-//! `of_slowest` is how near it comes. Every staged byte is compared. On `sim`
+//! `of_slowest` is how near it comes. Besides, copies within the device: the
+//! whole at once, and in pieces of a packet's length that come in another order
+//! than they go; `gather_of_copy` compares these. Every staged byte is compared. On `sim`
 //! the figures say nothing about any device. Prints one JSON object.
 
 use std::sync::Arc;
@@ -17,13 +19,16 @@ use genie_dataplane::SessionId;
 use genie_dataplane::endpoint::Endpoint;
 use genie_dataplane::engine::Remote;
 use genie_dataplane::memory::accelerator::{
-    self, Accelerator, CopyOp, DeviceLease, DeviceRegion, MemoryKind, Pinned, Way,
+    self, Accelerator, CopyOp, DeviceLease, DeviceRegion, MemoryKind, Piece, Pinned, Way,
 };
 use genie_dataplane::memory::{Lease, Region};
 use genie_dataplane::stage::{Config, Place, Stage, Trace, ranges};
 use genie_dataplane::tcp::{self, Role, Token};
 use serde_json::json;
 use tokio::sync::mpsc;
+
+/// The payload of a jumbo packet, and whole vectors of 16 bytes.
+const PIECE: usize = 8192;
 
 #[derive(Debug, Parser)]
 struct Options {
@@ -81,17 +86,19 @@ async fn measure(
         Place::Device(Arc::clone(&b.stage), into.clone()),
     );
     let plain = (Place::Host(source.clone()), Place::Host(target.clone()));
-    let mut times = [const { Vec::new() }; 4];
+    let mut times = [const { Vec::new() }; 6];
     for _ in 0..options.rounds {
         times[0].push(copy(accelerator, config, &from, Way::ToHost)?);
         times[1].push(copy(accelerator, config, &into, Way::ToDevice)?);
         times[2].push(carry(&a, &b, &plain, config.slot_bytes).await?);
         times[3].push(carry(&a, &b, &staged, config.slot_bytes).await?);
+        times[4].push(gather(accelerator, &from, &into, len)?);
+        times[5].push(gather(accelerator, &from, &into, PIECE)?);
     }
     let arrived = b.stage.download(&into, &target).await?;
     let sent = source.crc32c(0..len);
     ensure!(arrived == sent, "{arrived:08x} arrived, not {sent:08x}");
-    let [to_host, to_device, wire, staged] = times.map(|times| rate(len, times));
+    let [to_host, to_device, wire, staged, within, gathered] = times.map(|times| rate(len, times));
     let slowest = to_host.min(to_device).min(wire);
     let properties = accelerator.properties();
     Ok(json!({
@@ -106,6 +113,9 @@ async fn measure(
         "wire_gb_per_s": wire,
         "staged_gb_per_s": staged,
         "of_slowest": staged / slowest,
+        "device_copy_gb_per_s": within,
+        "gather_gb_per_s": gathered,
+        "gather_of_copy": gathered / within,
         "digest": format!("crc32c:{sent:08x}"),
     }))
 }
@@ -198,6 +208,31 @@ fn copy(
         };
         last = stream.copy(vec![op])?;
     }
+    while stream.completed()? < last {
+        std::thread::yield_now();
+    }
+    Ok(began.elapsed())
+}
+
+/// Copies all of a device's memory to another place of it, in pieces; the
+/// order of its bytes is the same in the end.
+fn gather(
+    accelerator: &Arc<dyn Accelerator>,
+    from: &DeviceLease,
+    into: &DeviceLease,
+    step: usize,
+) -> Result<Duration> {
+    let mut stream = accelerator.stream()?;
+    let mut order: Vec<_> = ranges(from.len(), step).collect();
+    fastrand::Rng::with_seed(5).shuffle(&mut order);
+    let piece = |range: std::ops::Range<u64>| {
+        let from = from.slice(range.clone())?;
+        let to = into.slice(range)?;
+        anyhow::Ok(Piece { from, to })
+    };
+    let pieces = order.into_iter().map(piece).collect::<Result<Vec<_>>>()?;
+    let began = Instant::now();
+    let last = stream.gather(pieces)?;
     while stream.completed()? < last {
         std::thread::yield_now();
     }

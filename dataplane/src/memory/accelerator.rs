@@ -88,7 +88,15 @@ pub trait Stream: Send {
     ///
     /// Each needs pinned host memory. The stream holds the leases until the
     /// copies are finished. Returns the batch's number, ascending from 1.
+    /// Where the device can, many small ones are gathered: one operation.
     fn copy(&mut self, batch: Vec<CopyOp>) -> Result<u64, AcceleratorError>;
+
+    /// Begins copies within the device as one batch, and one operation however
+    /// many pieces there are: such as payloads that a network card put into
+    /// buffers of the device's.
+    ///
+    /// Pieces must not overlap others' destinations. As [`Stream::copy`] otherwise.
+    fn gather(&mut self, pieces: Vec<Piece>) -> Result<u64, AcceleratorError>;
 
     /// The number of the last batch that is finished, and all before it.
     ///
@@ -182,6 +190,15 @@ pub enum Import {
     },
 }
 
+impl Import {
+    /// How many bytes are to be mapped.
+    pub fn len_bytes(&self) -> usize {
+        match self {
+            Self::Descriptor { len, .. } | Self::Ipc { len, .. } => *len,
+        }
+    }
+}
+
 /// One copy between pinned host memory and device memory of the same length.
 #[derive(Debug)]
 pub struct CopyOp {
@@ -191,6 +208,28 @@ pub struct CopyOp {
     pub device: DeviceLease,
     /// Which way.
     pub way: Way,
+}
+
+/// One piece of a copy within a device; both ends have the same length.
+#[derive(Debug)]
+pub struct Piece {
+    /// What is read.
+    pub from: DeviceLease,
+    /// What is written.
+    pub to: DeviceLease,
+}
+
+/// From how many copies on one operation is cheaper: each costs a call of a few
+/// microseconds, a kernel's launch about as much as two.
+const GATHER_LEAST: usize = 8;
+
+/// Up to which length copies are gathered: a copy engine needs longer for its
+/// own start than for as many bytes.
+const GATHER_BYTES: usize = 16 << 10;
+
+/// Whether a batch is many small copies.
+fn is_scattered(batch: &[CopyOp]) -> bool {
+    batch.len() >= GATHER_LEAST && batch.iter().all(|op| op.host.len() <= GATHER_BYTES)
 }
 
 /// The direction of a copy.

@@ -41,6 +41,7 @@ struct State {
     failing: HashMap<String, (u32, Code)>,
     version: c_int,
     devices: c_int,
+    attributes: HashMap<c_uint, c_int>,
     handles: HashMap<u64, (c_int, usize)>,
     next: u64,
     /// By public address: private address, length.
@@ -87,6 +88,16 @@ impl State {
         self.next += 1;
         self.next
     }
+    /// Device memory's second mapping; host memory as it is.
+    fn either(&self, address: u64) -> usize {
+        let found = self.mapped.range(..=address).next_back();
+        let inside = found.is_some_and(|(base, (_, len))| address - base < *len as u64);
+        if inside {
+            self.private(address)
+        } else {
+            address as usize
+        }
+    }
     fn private(&self, address: u64) -> usize {
         let (base, (private, _)) = self.mapped.range(..=address).next_back().expect("mapped");
         private + (address - base) as usize
@@ -107,6 +118,11 @@ impl State {
 #[no_mangle]
 pub extern "C" fn fake_set(version: c_int, devices: c_int) {
     with(|state| (state.version, state.devices) = (version, devices));
+}
+
+#[no_mangle]
+pub extern "C" fn fake_attribute(which: c_uint, value: c_int) {
+    with(|state| state.attributes.insert(which, value));
 }
 
 #[no_mangle]
@@ -173,8 +189,10 @@ pub extern "C" fn cuDeviceTotalMem_v2(bytes: *mut usize, _: c_int) -> Code {
     call("cuDeviceTotalMem", |_| ok(bytes, 1 << 30))
 }
 #[no_mangle]
-pub extern "C" fn cuDeviceGetAttribute(value: *mut c_int, _: c_uint, _: c_int) -> Code {
-    call("cuDeviceGetAttribute", |_| ok(value, 0))
+pub extern "C" fn cuDeviceGetAttribute(value: *mut c_int, which: c_uint, _: c_int) -> Code {
+    call("cuDeviceGetAttribute", |state| {
+        ok(value, state.attributes.get(&which).copied().unwrap_or(0))
+    })
 }
 #[no_mangle]
 pub extern "C" fn cuDevicePrimaryCtxRetain(context: *mut *mut c_void, _: c_int) -> Code {
@@ -290,6 +308,76 @@ pub extern "C" fn cuMemcpyDtoHAsync_v2(
         0
     })
 }
+#[no_mangle]
+pub extern "C" fn cuMemcpyDtoDAsync_v2(to: u64, from: u64, len: usize, stream: usize) -> Code {
+    call("cuMemcpyDtoDAsync", |state| {
+        let copy = (state.private(from), state.private(to), len);
+        state.work.entry(stream).or_default().push(copy);
+        0
+    })
+}
+#[no_mangle]
+pub unsafe extern "C" fn cuPointerSetAttribute(value: *const c_uint, which: c_uint, _: u64) -> Code {
+    // SYNC_MEMOPS on.
+    let code = if (which, *value) == (6, 1) { 0 } else { INVALID_VALUE };
+    call("cuPointerSetAttribute", |_| code)
+}
+#[no_mangle]
+pub extern "C" fn cuFlushGPUDirectRDMAWrites(target: c_uint, scope: c_uint) -> Code {
+    let code = if (target, scope) == (0, 100) { 0 } else { INVALID_VALUE };
+    call("cuFlushGPUDirectRDMAWrites", |_| code)
+}
+
+#[cfg(not(without_kernels))]
+mod kernels {
+    use super::*;
+
+    #[no_mangle]
+    pub unsafe extern "C" fn cuModuleLoadData(module: *mut usize, image: *const c_char) -> Code {
+        let text = std::ffi::CStr::from_ptr(image).to_string_lossy();
+        let known = text.contains(".entry genie_gather(");
+        call("cuModuleLoadData", |_| if known { ok(module, 5) } else { 218 })
+    }
+    #[no_mangle]
+    pub extern "C" fn cuModuleUnload(module: usize) -> Code {
+        call("cuModuleUnload", |_| if module == 5 { 0 } else { INVALID_VALUE })
+    }
+    #[no_mangle]
+    pub extern "C" fn cuModuleGetFunction(
+        function: *mut usize,
+        _: usize,
+        _: *const c_char,
+    ) -> Code {
+        call("cuModuleGetFunction", |_| ok(function, 6))
+    }
+    #[no_mangle]
+    pub unsafe extern "C" fn cuLaunchKernel(
+        function: usize,
+        columns: c_uint,
+        blocks: c_uint,
+        _: c_uint,
+        threads: c_uint,
+        _: c_uint,
+        _: c_uint,
+        _: c_uint,
+        stream: usize,
+        parameters: *const *const [[u64; 3]; 128],
+        _: *const c_void,
+    ) -> Code {
+        let table = **parameters;
+        call("cuLaunchKernel", |state| {
+            if function != 6 || columns > 128 || blocks == 0 || threads == 0 {
+                return INVALID_VALUE;
+            }
+            for [from, to, len] in &table[..columns as usize] {
+                let copy = (state.either(*from), state.either(*to), *len as usize);
+                state.work.entry(stream).or_default().push(copy);
+            }
+            0
+        })
+    }
+}
+
 #[no_mangle]
 pub extern "C" fn cuStreamCreate(stream: *mut usize, _: c_uint) -> Code {
     call("cuStreamCreate", |state| ok(stream, state.fresh() as usize))

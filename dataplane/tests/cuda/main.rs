@@ -9,9 +9,10 @@ use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use genie_dataplane::memory::accelerator::cuda::Cuda;
+use genie_dataplane::memory::accelerator::direct::{DeviceSide, Ordering};
 use genie_dataplane::memory::accelerator::{
     Accelerator, AcceleratorError, CopyOp, DeviceAddress, DeviceLease, DeviceRegion, ForeignEvent,
-    Import, MemoryKind, Pinned, Stream, Way,
+    Import, MemoryKind, Piece, Pinned, Stream, Way,
 };
 use genie_dataplane::memory::{Backing, Lease, Region};
 use genie_dataplane::stage::{Config, Stage, StageError, Trace};
@@ -32,7 +33,7 @@ impl Fake {
         static BUILT: OnceLock<tempfile::TempDir> = OnceLock::new();
         let built = BUILT.get_or_init(|| {
             let folder = tempfile::tempdir().unwrap();
-            for lacks in ["nothing", "virtual_memory", "events"] {
+            for lacks in ["nothing", "virtual_memory", "events", "kernels"] {
                 build(&folder.path().join(lacks), lacks);
             }
             folder
@@ -66,6 +67,16 @@ impl Fake {
         };
         // SAFETY: two numbers.
         unsafe { set.unwrap()(version, devices) };
+    }
+
+    fn set_attribute(&self, which: u32, value: i32) {
+        // SAFETY: the type is that in `fake.rs`.
+        let set = unsafe {
+            self.library
+                .get::<unsafe extern "C" fn(u32, i32)>("fake_attribute")
+        };
+        // SAFETY: two numbers.
+        unsafe { set.unwrap()(which, value) };
     }
 
     fn fail(&self, call: &str, after: u32, code: u32) {
@@ -455,5 +466,157 @@ fn a_stage_moves_tensors_through_the_driver() {
     assert!(
         last("cuStreamDestroy") < last("cuMemHostUnregister"),
         "{calls:?}"
+    );
+}
+
+/// Copies can be gathered from and to pinned memory by its own addresses.
+const HOST_POINTERS: u32 = 91;
+
+/// 300 pieces of 1000 bytes there and back, each at another's place.
+fn scattered(accelerator: &Arc<dyn Accelerator>) {
+    let data: Vec<u8> = (0..300_000u32).map(|at| (at % 249) as u8).collect();
+    let memory = host(&data);
+    let pinned = Pinned::new(memory.region(), accelerator).unwrap();
+    let (there, other) = (
+        device(accelerator, data.len()),
+        device(accelerator, data.len()),
+    );
+    let part = |lease: &DeviceLease, n: u64| lease.slice(n * 1000..n * 1000 + 1000).unwrap();
+    let here = |n: u64| memory.slice(n * 1000..n * 1000 + 1000).unwrap();
+    let mut stream = accelerator.stream().unwrap();
+    let up = (0..300).map(|n| op(&here(n), &part(&there, 299 - n), Way::ToDevice));
+    let last = stream.copy(up.collect()).unwrap();
+    wait(&mut *stream, last).unwrap();
+    let piece = |n: u64| Piece {
+        from: part(&there, 299 - n),
+        to: part(&other, n),
+    };
+    let last = stream.gather((0..300).map(piece).collect()).unwrap();
+    memory.write_at(0, (&vec![0; data.len()][..]).into());
+    wait(&mut *stream, last).unwrap();
+    let down = (0..300).map(|n| op(&here(n), &part(&other, n), Way::ToHost));
+    let last = stream.copy(down.collect()).unwrap();
+    wait(&mut *stream, last).unwrap();
+    assert!(bytes(&memory) == data);
+    drop((stream, pinned));
+}
+
+#[test]
+fn many_small_copies_are_one_kernel_for_each_128_and_pieces_too() {
+    let fake = Fake::new("nothing");
+    fake.set_attribute(HOST_POINTERS, 1);
+    let accelerator = fake.accelerator();
+    fake.calls();
+    scattered(&accelerator);
+    let calls = fake.calls();
+    let count = |call: &str| calls.iter().filter(|one| *one == call).count();
+    assert_eq!(count("cuLaunchKernel"), 9, "{calls:?}");
+    assert_eq!(count("cuModuleLoadData"), 1);
+    let copies = calls.iter().filter(|call| call.starts_with("cuMemcpy"));
+    assert_eq!(copies.count(), 0, "{calls:?}");
+    drop(accelerator);
+    let end = ["cuModuleUnload", "cuDevicePrimaryCtxRelease"];
+    assert_eq!(fake.calls(), end);
+}
+
+#[test]
+fn without_the_kernel_pieces_are_copied_one_by_one() {
+    // An old driver; one that does not take the text; host memory out of reach.
+    for (lacks, failing, reaches) in [
+        ("kernels", None, 1),
+        ("nothing", Some("cuModuleLoadData"), 1),
+        ("nothing", Some("cuModuleGetFunction"), 1),
+        ("nothing", None, 0),
+    ] {
+        let fake = Fake::new(lacks);
+        fake.set_attribute(HOST_POINTERS, reaches);
+        if let Some(call) = failing {
+            fake.fail(call, 0, 218);
+        }
+        let accelerator = fake.accelerator();
+        scattered(&accelerator);
+        drop(accelerator);
+        let calls = fake.calls();
+        let count = |call: &str| calls.iter().filter(|one| *one == call).count();
+        assert_eq!(count("cuMemcpyHtoDAsync"), 300);
+        assert_eq!(count("cuMemcpyDtoHAsync"), 300);
+        let loaded = lacks == "nothing" && failing.is_none();
+        assert_eq!(count("cuMemcpyDtoDAsync"), if loaded { 0 } else { 300 });
+        assert_eq!(count("cuLaunchKernel"), if loaded { 3 } else { 0 });
+        let unloads = lacks == "nothing" && failing != Some("cuModuleLoadData");
+        assert_eq!(count("cuModuleUnload"), usize::from(unloads));
+    }
+}
+
+#[test]
+fn a_kernel_that_fails_is_a_typed_error_and_the_memory_is_let_go() {
+    let fake = Fake::new("nothing");
+    let accelerator = fake.accelerator();
+    let there = device(&accelerator, 2000);
+    let piece = |at: u64| Piece {
+        from: there.slice(at..at + 500).unwrap(),
+        to: there.slice(at + 1000..at + 1500).unwrap(),
+    };
+    let held = Arc::strong_count(there.region());
+    let mut stream = accelerator.stream().unwrap();
+    fake.fail("cuLaunchKernel", 0, 719);
+    let failed = stream.gather(vec![piece(0), piece(500)]).unwrap_err();
+    assert_eq!((failed.code(), failed.is_sticky()), (Some(719), true));
+    assert_eq!(fake.calls().last().unwrap(), "cuStreamSynchronize");
+    assert_eq!(Arc::strong_count(there.region()), held);
+    // One piece is a plain copy, and the stream goes on.
+    let last = stream.gather(vec![piece(0)]).unwrap();
+    wait(&mut *stream, last).unwrap();
+    let calls = fake.calls();
+    assert_eq!(calls[0], "cuMemcpyDtoDAsync");
+    assert!(!calls.contains(&"cuLaunchKernel".to_owned()));
+    let uneven = Piece {
+        from: there.slice(0..10).unwrap(),
+        to: there.slice(0..11).unwrap(),
+    };
+    let refused = stream.gather(vec![uneven]).unwrap_err();
+    assert!(matches!(refused, AcceleratorError::NotItsMemory { .. }));
+}
+
+#[test]
+fn the_kernels_text_assembles() {
+    let folder = tempfile::tempdir().unwrap();
+    let text = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/memory/accelerator/cuda/gather.ptx");
+    let ptxas = std::env::var_os("GENIE_PTXAS").unwrap_or_else(|| "ptxas".into());
+    let mut assemble = Command::new(ptxas);
+    assemble
+        .args(["-arch=sm_80", "-o"])
+        .arg(folder.path().join("gather"));
+    match assemble.arg(text).output() {
+        Ok(output) => assert!(output.status.success(), "{output:?}"),
+        Err(error) => println!("skipped: no ptxas ({error}); name one in GENIE_PTXAS"),
+    }
+}
+
+#[test]
+fn the_device_says_what_gpudirect_needs_to_know() {
+    let (supported, options, ordering) = (116, 117, 118);
+    let fake = Fake::new("nothing");
+    let cuda = fake.open(0).unwrap();
+    let reason = cuda.supported().unwrap_err();
+    assert!(reason.contains("does not support it"), "{reason}");
+    assert_eq!(cuda.ordering(), Ok(Ordering::Unknown));
+    fake.set_attribute(supported, 1);
+    fake.set_attribute(options, 1);
+    let cuda = fake.open(0).unwrap();
+    assert_eq!(cuda.supported(), Ok(()));
+    assert_eq!(cuda.ordering(), Ok(Ordering::Flushed));
+    fake.set_attribute(ordering, 100);
+    assert_eq!(cuda.ordering(), Ok(Ordering::Ordered));
+    fake.calls();
+    cuda.sync_memops(DeviceAddress(1 << 16)).unwrap();
+    cuda.flush().unwrap();
+    let calls = ["cuPointerSetAttribute", "cuFlushGPUDirectRDMAWrites"];
+    assert_eq!(fake.calls(), calls);
+    fake.fail("cuFlushGPUDirectRDMAWrites", 0, 801);
+    let reason = cuda.flush().unwrap_err();
+    assert!(
+        reason.starts_with("cuda:0: cuFlushGPUDirectRDMAWrites failed with 801"),
+        "{reason}"
     );
 }

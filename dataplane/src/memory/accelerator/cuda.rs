@@ -10,6 +10,8 @@
 //! Compiles without any toolkit; order of calls and errors are tested against a
 //! recording library, the rest was never run on a device.
 
+mod direct;
+mod gather;
 mod library;
 mod stream;
 mod virtual_memory;
@@ -17,7 +19,7 @@ mod virtual_memory;
 use std::ffi::{c_char, c_int, c_uint, c_void};
 use std::os::fd::OwnedFd;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use cudarc::driver::sys;
 
@@ -44,6 +46,8 @@ struct Device {
     device: sys::CUdevice,
     context: Context,
     properties: Properties,
+    /// Loaded when it is first needed; or why copies are made one by one.
+    gather: OnceLock<Result<gather::Kernel, AcceleratorError>>,
 }
 
 /// The primary context, released with the device.
@@ -115,6 +119,7 @@ impl Cuda {
             context: Context(context),
             device,
             library,
+            gather: OnceLock::new(),
         };
         device.describe()?;
         Ok(Self {
@@ -275,6 +280,9 @@ impl Device {
 
 impl Drop for Device {
     fn drop(&mut self) {
+        if let Some(Ok(kernel)) = self.gather.take() {
+            self.unload(kernel);
+        }
         // SAFETY: retained once, in `Cuda::with`; no stream is left, each holds this.
         let code = unsafe { (self.library.required.cuDevicePrimaryCtxRelease_v2)(self.device) };
         self.library

@@ -11,7 +11,7 @@ mod config;
 mod worker;
 
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::ptr::NonNull;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
@@ -20,7 +20,7 @@ use rustix::mm::{MapFlags, ProtFlags};
 
 use super::{
     Accelerator, AcceleratorError, Allocation, CopyOp, DeviceAddress, ForeignEvent, Import,
-    MemoryKind, Properties, Source, Stream,
+    MemoryKind, Piece, Properties, Source, Stream, is_scattered,
 };
 pub use config::{Config, Fault};
 
@@ -32,6 +32,10 @@ const OUT_OF_MEMORY: u32 = 2;
 const ECC_UNCORRECTABLE: u32 = 214;
 /// `CUDA_ERROR_UNKNOWN`.
 const UNKNOWN: u32 = 999;
+
+/// What a memory file of a simulated device is called, by which it is known
+/// from one of the host's.
+const FILE_NAME: &str = "genie-sim";
 
 /// A device that is simulated.
 #[derive(Debug)]
@@ -79,7 +83,9 @@ struct Queue {
 
 #[derive(Debug)]
 enum Work {
-    Copy(CopyOp),
+    /// One operation: a copy, or many that were gathered.
+    Copy(Vec<CopyOp>),
+    Gather(Vec<Piece>),
     /// Everything of the batch of this number is before it.
     Batch(u64),
     Wait(u64),
@@ -218,7 +224,7 @@ impl Accelerator for Sim {
         let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
         let failed =
             |errno: rustix::io::Errno| call("allocate", OUT_OF_MEMORY, errno.to_string(), false);
-        let file = rustix::fs::memfd_create("genie-sim", flags).map_err(failed)?;
+        let file = rustix::fs::memfd_create(FILE_NAME, flags).map_err(failed)?;
         rustix::fs::ftruncate(&file, rounded as u64).map_err(failed)?;
         let seals = SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL;
         rustix::fs::fcntl_add_seals(&file, seals).map_err(failed)?;
@@ -239,11 +245,15 @@ impl Accelerator for Sim {
         if !seals.contains(SealFlags::SHRINK) {
             return Err(refused("its owner could pull it away (F_SEAL_SHRINK)"));
         }
-        let there = rustix::fs::fstat(&file).map_or(0, |stat| stat.st_size as usize);
-        if len == 0 || len > there || !there.is_multiple_of(self.properties.granularity) {
-            return Err(refused(&format!("{len} bytes of {there} were claimed")));
+        if !is_of_a_device(&file) {
+            return Err(refused("the descriptor is the host's memory"));
         }
-        self.add(Mapping::new(file, there)?, Source::Imported)
+        let there = rustix::fs::fstat(&file).map_or(0, |stat| stat.st_size as usize);
+        let whole = len.checked_next_multiple_of(self.properties.granularity);
+        match whole.filter(|whole| (1..=there).contains(whole)) {
+            Some(whole) => self.add(Mapping::new(file, whole)?, Source::Imported),
+            None => Err(refused(&format!("{len} bytes of {there} were claimed"))),
+        }
     }
 
     fn export(&self, allocation: &Allocation) -> Result<OwnedFd, AcceleratorError> {
@@ -319,19 +329,39 @@ impl SimStream {
     }
 }
 
+impl SimStream {
+    /// Queues a batch.
+    fn begin(&self, work: Vec<Work>, state: &mut State) -> Result<u64, AcceleratorError> {
+        let begin = |queue: &mut Queue| {
+            queue.begun += 1;
+            queue.work.extend(work);
+            queue.work.push_back(Work::Batch(queue.begun));
+            queue.begun
+        };
+        let number = self.queue(begin, state)?;
+        self.shared.changed.notify_all();
+        Ok(number)
+    }
+}
+
 impl Stream for SimStream {
     fn copy(&mut self, batch: Vec<CopyOp>) -> Result<u64, AcceleratorError> {
         let mut state = self.shared.lock();
         batch.iter().try_for_each(|op| state.check_copy(op))?;
-        let begin = |queue: &mut Queue| {
-            queue.begun += 1;
-            queue.work.extend(batch.into_iter().map(Work::Copy));
-            queue.work.push_back(Work::Batch(queue.begun));
-            queue.begun
+        let work = if is_scattered(&batch) {
+            vec![Work::Copy(batch)]
+        } else {
+            batch.into_iter().map(|op| Work::Copy(vec![op])).collect()
         };
-        let number = self.queue(begin, &mut state)?;
-        self.shared.changed.notify_all();
-        Ok(number)
+        self.begin(work, &mut state)
+    }
+
+    fn gather(&mut self, pieces: Vec<Piece>) -> Result<u64, AcceleratorError> {
+        let mut state = self.shared.lock();
+        pieces
+            .iter()
+            .try_for_each(|piece| state.check_piece(piece))?;
+        self.begin(vec![Work::Gather(pieces)], &mut state)
     }
 
     fn completed(&mut self) -> Result<u64, AcceleratorError> {
@@ -422,6 +452,19 @@ impl State {
     }
 }
 
+impl State {
+    fn check_piece(&self, piece: &Piece) -> Result<(), AcceleratorError> {
+        let len = piece.from.len();
+        if piece.to.len() != len {
+            let text = format!("{len} bytes to {}", piece.to.len());
+            return Err(call("gather", INVALID_VALUE, text, false));
+        }
+        let ends = [piece.from.address(), piece.to.address()];
+        let stray = ends.into_iter().find(|at| self.private(*at, len).is_none());
+        stray.map_or(Ok(()), |at| Err(not_mine(at, len)))
+    }
+}
+
 impl Mapping {
     fn new(file: OwnedFd, len: usize) -> Result<Self, AcceleratorError> {
         let map = |prot| {
@@ -448,6 +491,14 @@ impl Drop for Mapping {
         unmap(self.public, self.len);
         unmap(self.private, self.len);
     }
+}
+
+/// Whether a memory file was made by a simulated device. A driver knows its own
+/// memory; here the file's name has to do.
+fn is_of_a_device(file: &OwnedFd) -> bool {
+    let link = std::fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd()));
+    let name = format!("/memfd:{FILE_NAME}");
+    link.is_ok_and(|link| link.to_string_lossy().starts_with(&name))
 }
 
 fn unmap(at: NonNull<u8>, len: usize) {

@@ -30,6 +30,10 @@ pub struct Library {
     pub(super) required: Required,
     /// Memory that can be passed by descriptor: newer than the rest.
     pub(super) virtual_memory: Option<VirtualMemory>,
+    /// Kernels of our own.
+    pub(super) kernels: Option<Kernels>,
+    /// Memory that other devices reach.
+    pub(super) rdma: Option<Rdma>,
     /// Kept for as long as its functions are called.
     _object: SharedObject,
 }
@@ -90,6 +94,7 @@ functions! {
         cuIpcCloseMemHandle(sys::CUdeviceptr);
         cuMemcpyHtoDAsync_v2(sys::CUdeviceptr, *const c_void, usize, sys::CUstream);
         cuMemcpyDtoHAsync_v2(*mut c_void, sys::CUdeviceptr, usize, sys::CUstream);
+        cuMemcpyDtoDAsync_v2(sys::CUdeviceptr, sys::CUdeviceptr, usize, sys::CUstream);
         cuStreamCreate(*mut sys::CUstream, c_uint);
         cuStreamDestroy_v2(sys::CUstream);
         cuStreamSynchronize(sys::CUstream);
@@ -114,6 +119,36 @@ functions! {
         cuMemSetAccess(sys::CUdeviceptr, usize, *const sys::CUmemAccessDesc, usize);
         cuMemExportToShareableHandle(*mut c_void, u64, c_uint, u64);
         cuMemImportFromShareableHandle(*mut u64, *mut c_void, c_uint);
+    }
+}
+
+functions! {
+    /// Modules of kernels.
+    Kernels {
+        cuModuleLoadData(*mut sys::CUmodule, *const c_void);
+        cuModuleUnload(sys::CUmodule);
+        cuModuleGetFunction(*mut sys::CUfunction, sys::CUmodule, *const c_char);
+        cuLaunchKernel(
+            sys::CUfunction,
+            c_uint,
+            c_uint,
+            c_uint,
+            c_uint,
+            c_uint,
+            c_uint,
+            c_uint,
+            sys::CUstream,
+            *mut *mut c_void,
+            *mut *mut c_void
+        );
+    }
+}
+
+functions! {
+    /// What GPUDirect RDMA needs; all of it is in CUDA 11.3.
+    Rdma {
+        cuPointerSetAttribute(*const c_void, c_uint, sys::CUdeviceptr);
+        cuFlushGPUDirectRDMAWrites(c_uint, c_uint);
     }
 }
 
@@ -153,6 +188,8 @@ impl Library {
         Ok(Self {
             required,
             virtual_memory,
+            kernels: Kernels::find(&object).ok(),
+            rdma: Rdma::find(&object).ok(),
             _object: object,
         })
     }

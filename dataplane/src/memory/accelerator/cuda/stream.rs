@@ -6,9 +6,11 @@ use std::sync::Arc;
 
 use cudarc::driver::sys;
 
-use super::Device;
 use super::library::{Code, NOT_READY, SUCCESS};
-use crate::memory::accelerator::{AcceleratorError, CopyOp, ForeignEvent, Stream, Way};
+use super::{Device, gather};
+use crate::memory::accelerator::{
+    AcceleratorError, CopyOp, DeviceLease, ForeignEvent, Piece, Stream, Way, is_scattered,
+};
 
 /// A CUDA stream, and what its copies hold.
 pub(super) struct CudaStream {
@@ -26,7 +28,14 @@ struct Batch {
     number: u64,
     done: sys::CUevent,
     /// Memory that the device reads and writes.
-    _copies: Vec<CopyOp>,
+    _held: Held,
+}
+
+/// What is kept until a batch is finished.
+#[expect(dead_code, reason = "held, not looked at")]
+enum Held {
+    Copies(Vec<CopyOp>),
+    Pieces(Vec<Piece>),
 }
 
 // SAFETY: stream and events may be used by any thread, by one at a time, which
@@ -53,18 +62,83 @@ impl CudaStream {
         })
     }
 
+    /// Checks that a lease is `len` bytes of this device's.
+    fn check(&self, lease: &DeviceLease, len: usize) -> Result<(), AcceleratorError> {
+        if len == lease.len() && lease.kind() == self.device.kind() {
+            return Ok(());
+        }
+        Err(AcceleratorError::NotItsMemory {
+            kind: self.device.kind(),
+            address: lease.address(),
+            len,
+            what: format!("it is {} bytes of {}", lease.len(), lease.kind()),
+        })
+    }
+
+    fn begin_batch(&self, batch: &[CopyOp]) -> Result<(), AcceleratorError> {
+        let fits = |op: &CopyOp| self.check(&op.device, op.host.len());
+        batch.iter().try_for_each(fits)?;
+        if is_scattered(batch)
+            && let Some(kernel) = self.device.host_gather()
+        {
+            let piece = |op: &CopyOp| {
+                let (host, device) = (op.host.as_ptr() as u64, op.device.address().0);
+                let len = op.host.len() as u64;
+                match op.way {
+                    Way::ToDevice => gather::Piece::new(host, device, len),
+                    Way::ToHost => gather::Piece::new(device, host, len),
+                }
+            };
+            let pieces: Vec<_> = batch.iter().map(piece).collect();
+            return self.device.launch(kernel, &pieces, self.stream);
+        }
+        batch.iter().try_for_each(|op| self.begin(op))
+    }
+
+    fn begin_pieces(&self, pieces: &[Piece]) -> Result<(), AcceleratorError> {
+        for piece in pieces {
+            self.check(&piece.from, piece.from.len())?;
+            self.check(&piece.to, piece.from.len())?;
+        }
+        let raw = |Piece { from, to }: &Piece| {
+            gather::Piece::new(from.address().0, to.address().0, from.len() as u64)
+        };
+        let raw: Vec<_> = pieces.iter().map(raw).collect();
+        // One alone is what copy engines are for.
+        if raw.len() > 1
+            && let Ok(kernel) = self.device.gather()
+        {
+            return self.device.launch(kernel, &raw, self.stream);
+        }
+        raw.iter()
+            .try_for_each(|piece| self.device.copy_piece(piece, self.stream))
+    }
+
+    /// Ends a batch that was begun, or what was begun of it.
+    fn end_batch(
+        &mut self,
+        begun: Result<(), AcceleratorError>,
+        held: Held,
+    ) -> Result<u64, AcceleratorError> {
+        let done = begun.and_then(|()| self.record()).inspect_err(|_| {
+            // Those before the one that failed are under way, and so are batches.
+            let code = self.synchronize();
+            let (library, kind) = (&self.device.library, self.device.kind());
+            library.log(kind, "cuStreamSynchronize", code);
+        })?;
+        self.begun += 1;
+        self.batches.push_back(Batch {
+            number: self.begun,
+            done,
+            _held: held,
+        });
+        Ok(self.begun)
+    }
+
     fn begin(&self, op: &CopyOp) -> Result<(), AcceleratorError> {
         let required = &self.device.library.required;
         let (host, len) = (op.host.as_ptr(), op.host.len());
         let device = op.device.address().0;
-        if len != op.device.len() || op.device.kind() != self.device.kind() {
-            return Err(AcceleratorError::NotItsMemory {
-                kind: self.device.kind(),
-                address: op.device.address(),
-                len,
-                what: format!("it is {} bytes of {}", op.device.len(), op.device.kind()),
-            });
-        }
         if len == 0 {
             return Ok(());
         }
@@ -123,21 +197,15 @@ impl Stream for CudaStream {
     fn copy(&mut self, batch: Vec<CopyOp>) -> Result<u64, AcceleratorError> {
         let device = Arc::clone(&self.device);
         let _current = device.enter()?;
-        let begun = batch.iter().try_for_each(|op| self.begin(op));
-        let done = begun.and_then(|()| self.record()).inspect_err(|_| {
-            // Those before the one that failed are under way, and so are batches.
-            let code = self.synchronize();
-            device
-                .library
-                .log(device.kind(), "cuStreamSynchronize", code);
-        })?;
-        self.begun += 1;
-        self.batches.push_back(Batch {
-            number: self.begun,
-            done,
-            _copies: batch,
-        });
-        Ok(self.begun)
+        let begun = self.begin_batch(&batch);
+        self.end_batch(begun, Held::Copies(batch))
+    }
+
+    fn gather(&mut self, pieces: Vec<Piece>) -> Result<u64, AcceleratorError> {
+        let device = Arc::clone(&self.device);
+        let _current = device.enter()?;
+        let begun = self.begin_pieces(&pieces);
+        self.end_batch(begun, Held::Pieces(pieces))
     }
 
     fn completed(&mut self) -> Result<u64, AcceleratorError> {

@@ -233,6 +233,12 @@ fn memory_is_passed_by_descriptor() {
         import(null, 1),
         Err(AcceleratorError::Import { .. })
     ));
+    let seals = rustix::fs::SealFlags::SHRINK | rustix::fs::SealFlags::GROW;
+    let hosts = rustix::fs::memfd_create("genie", rustix::fs::MemfdFlags::ALLOW_SEALING).unwrap();
+    rustix::fs::ftruncate(&hosts, 4096).unwrap();
+    rustix::fs::fcntl_add_seals(&hosts, seals).unwrap();
+    let refused = import(hosts, 4096).unwrap_err().to_string();
+    assert!(refused.contains("is the host's memory"), "{refused}");
     let imported = DeviceLease::whole(import(file, 4096).unwrap());
     // The exporter is gone; what was imported stays.
     drop((there, stream));
@@ -268,4 +274,67 @@ fn copies_wait_for_an_event_and_signal_another() {
         assert!(begin.elapsed() < PATIENCE, "the event was never signalled");
         std::thread::yield_now();
     }
+}
+
+#[test]
+fn many_small_copies_and_pieces_are_one_operation() {
+    let (sim, accelerator) = sim(Config::default());
+    let there = device(&accelerator, 64 << 10);
+    let data: Vec<u8> = (0..64u32 << 10).map(|at| ((at * 7) >> 3) as u8).collect();
+    let host = pinned(&sim, &data);
+    let mut stream = accelerator.stream().unwrap();
+    let part = |lease: &DeviceLease, at: u64, len: u64| lease.slice(at..at + len).unwrap();
+    // Each to a place that is another's at the other end.
+    let small = |way, from: &Lease| {
+        let one = |n: u64| {
+            let (here, at) = (n * 1000, (31 - n) * 1000);
+            op(
+                &from.slice(here..here + 1000).unwrap(),
+                &part(&there, at, 1000),
+                way,
+            )
+        };
+        (0..32).map(one).collect::<Vec<_>>()
+    };
+    let last = stream.copy(small(Way::ToDevice, &host)).unwrap();
+    wait(&mut *stream, last).unwrap();
+    assert_eq!(sim.copies_done(), 1);
+    let back = pinned(&sim, &vec![0; data.len()]);
+    let last = stream.copy(small(Way::ToHost, &back)).unwrap();
+    wait(&mut *stream, last).unwrap();
+    assert_eq!(bytes(&back)[..32_000], data[..32_000]);
+
+    // Within the device: what was turned round is turned back.
+    let other = device(&accelerator, 64 << 10);
+    let piece = |n: u64| Piece {
+        from: part(&there, (31 - n) * 1000, 1000),
+        to: part(&other, n * 1000, 1000),
+    };
+    let last = stream.gather((0..32).map(piece).collect()).unwrap();
+    wait(&mut *stream, last).unwrap();
+    assert_eq!(sim.copies_done(), 3);
+    let whole = stream.copy(vec![op(&back, &other, Way::ToHost)]).unwrap();
+    wait(&mut *stream, whole).unwrap();
+    assert_eq!(bytes(&back)[..32_000], data[..32_000]);
+    // It fails as one, and the stream goes on.
+    sim.fail_copy(0, Fault::Once);
+    let last = stream.gather((0..32).map(piece).collect()).unwrap();
+    let failed = wait(&mut *stream, last).unwrap_err();
+    assert_eq!((failed.code(), failed.is_sticky()), (Some(UNKNOWN), false));
+    let last = stream.gather(vec![piece(0)]).unwrap();
+    wait(&mut *stream, last).unwrap();
+    // Ends that do not fit, and memory of somebody else.
+    let uneven = Piece {
+        from: part(&there, 0, 9),
+        to: part(&other, 0, 10),
+    };
+    let refused = stream.gather(vec![piece(0), uneven]).unwrap_err();
+    assert_eq!(refused.code(), Some(INVALID_VALUE));
+    let (_sim, others) = self::sim(Config::default());
+    let stray = Piece {
+        from: device(&others, 10),
+        to: part(&other, 0, 10),
+    };
+    let refused = stream.gather(vec![stray]).unwrap_err();
+    assert!(matches!(refused, AcceleratorError::NotItsMemory { .. }));
 }

@@ -1,7 +1,7 @@
 //! The thread that does a simulated device's copies.
 
 use super::{ECC_UNCORRECTABLE, Fault, Queue, Shared, State, UNKNOWN, Work, call};
-use crate::memory::accelerator::{AcceleratorError, CopyOp, Way};
+use crate::memory::accelerator::{AcceleratorError, CopyOp, DeviceLease, Piece, Way};
 
 impl Shared {
     /// Does what the streams have queued until the device is gone.
@@ -10,7 +10,10 @@ impl Shared {
         let mut turn = 0;
         while let Some((stream, work)) = self.take(&mut random, &mut turn) {
             let result = match &work {
-                Work::Copy(op) => self.copy(op),
+                Work::Copy(ops) => self.operate(|| ops.iter().for_each(|op| self.copy(op))),
+                Work::Gather(pieces) => {
+                    self.operate(|| pieces.iter().for_each(|piece| self.move_piece(piece)))
+                }
                 Work::Batch(_) | Work::Wait(_) | Work::Signal(_) => Ok(()),
             };
             let left_over = self.finish(stream, &work, result);
@@ -44,16 +47,34 @@ impl Shared {
         }
     }
 
-    /// Copies, unless this is the copy that is to fail.
-    fn copy(&self, op: &CopyOp) -> Result<(), AcceleratorError> {
+    /// Copies, unless this is the operation that is to fail.
+    fn operate(&self, copy: impl FnOnce()) -> Result<(), AcceleratorError> {
         std::thread::sleep(self.config.delay);
         let mut state = self.lock();
         state.alive()?;
         state.fail_if_due()?;
-        let (host, len) = (op.host.as_ptr(), op.host.len());
-        let device = state.private(op.device.address(), len);
         drop(state);
-        let device = device.expect("checked when it was begun, and leased since");
+        copy();
+        self.lock().copies_done += 1;
+        Ok(())
+    }
+
+    /// Where leased bytes of the device really are.
+    fn bytes(&self, lease: &DeviceLease) -> *mut u8 {
+        let at = self.lock().private(lease.address(), lease.len());
+        at.expect("checked when it was begun, and leased since")
+    }
+
+    fn move_piece(&self, Piece { from, to }: &Piece) {
+        let (len, from, to) = (from.len(), self.bytes(from), self.bytes(to));
+        // SAFETY: `check_piece` saw `len` bytes at both ends when it was begun,
+        // and the leases keep both mapped; `copy` allows them to overlap.
+        unsafe { std::ptr::copy(from, to, len) };
+    }
+
+    fn copy(&self, op: &CopyOp) {
+        let (host, len) = (op.host.as_ptr(), op.host.len());
+        let device = self.bytes(&op.device);
         match op.way {
             // SAFETY: `check_copy` saw `len` bytes at both ends when the copy
             // was begun, and the leases in `op` keep both mapped. They are two
@@ -62,8 +83,6 @@ impl Shared {
             // SAFETY: as above, the other way.
             Way::ToHost => unsafe { std::ptr::copy_nonoverlapping(device, host, len) },
         }
-        self.lock().copies_done += 1;
-        Ok(())
     }
 
     /// Notes how the head ended; returns what must be dropped without the lock.
@@ -87,7 +106,7 @@ impl Shared {
                     queue.completed = queue.completed.max(*number);
                 }
             }
-            Work::Copy(_) | Work::Wait(_) => {}
+            Work::Copy(_) | Work::Gather(_) | Work::Wait(_) => {}
         }
         if let Some(queue) = state.streams.get_mut(&stream) {
             queue.busy = false;
@@ -102,7 +121,7 @@ impl State {
         let goes_on = |queue: &Queue| match queue.work.front() {
             None => false,
             Some(Work::Wait(event)) => self.signalled.contains(event),
-            Some(Work::Copy(_)) => !self.held,
+            Some(Work::Copy(_) | Work::Gather(_)) => !self.held,
             Some(_) => true,
         };
         let ready = self.streams.iter().filter(|(_, queue)| goes_on(queue));
