@@ -14,7 +14,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use genie_client::protocol::{
-    Answer, ArenaId, Ask, FailureKind, Memory, Placed, TENSORS_PER_MESSAGE,
+    Answer, ArenaId, Ask, FailureKind, IpcHandle, Memory, Placed, TENSORS_PER_MESSAGE,
 };
 use genie_client::slice::Run;
 use genie_client::{Metadata, Moved, Owner};
@@ -34,7 +34,7 @@ use crate::session::SessionError;
 use crate::tensor::{ListLimit, TensorError};
 use crate::transfer::{self, Arrived, Progress, TransferError};
 use batch::Batches;
-use memory::{Arenas, MemoryError, pass_descriptor, take_descriptor};
+use memory::{Arenas, MemoryError, Passed, pass_descriptor, take_descriptor};
 use window::Windows;
 
 /// How often progress is told: often enough for a bar to move smoothly.
@@ -190,6 +190,11 @@ impl Application {
                 self.send(&Answer::Done { listeners: 0 }).await
             }
             Ask::Import => self.import().await,
+            Ask::ImportDevice {
+                memory,
+                bytes,
+                handle,
+            } => self.import_device(memory, bytes, handle).await,
             Ask::Read {
                 offset,
                 bytes,
@@ -303,6 +308,39 @@ impl Application {
             Ok(allocation) => self.imported(allocation, None, 0).await,
             Err(error) => self.fail(error).await,
         }
+    }
+
+    async fn import_device(
+        &mut self,
+        memory: Memory,
+        bytes: u64,
+        handle: Option<IpcHandle>,
+    ) -> Result<(), ApplicationError> {
+        let passed = match handle {
+            Some(handle) => Passed::Handle(handle),
+            None => match take_descriptor(&mut self.stream, &self.user).await? {
+                Ok(file) => Passed::File(file),
+                Err(error) => return self.fail(error).await,
+            },
+        };
+        let (room, uid) = (self.room(memory), self.user.uid());
+        let import = async move {
+            let import = move || memory::import_device(passed, bytes, uid, &room);
+            let import = tokio::task::spawn_blocking(import);
+            import.await.unwrap_or(Err(TransferError::Stopping.into()))
+        };
+        let allocation = match self.attend(import, &Progress::default()).await? {
+            Ok(allocation) => allocation,
+            Err(error) => return self.fail(error).await,
+        };
+        // The program goes on using it; it has nothing to seal.
+        let arena = self.arenas.add_writable(allocation, true);
+        self.send(&Answer::Imported {
+            arena,
+            bytes,
+            copied: 0,
+        })
+        .await
     }
 
     async fn read(

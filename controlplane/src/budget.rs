@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use genie_client::Memory;
 use genie_client::status::Usage;
-use genie_dataplane::memory::accelerator::{DeviceLease, DeviceRegion};
+use genie_dataplane::memory::accelerator::{DeviceLease, DeviceRegion, Import};
 use genie_dataplane::memory::{Backing, Lease, OutOfBounds, Region, RegionError};
 use genie_dataplane::stage::{Place, Stage};
 use genie_hugepages::{PageSize, Root};
@@ -206,6 +206,16 @@ impl Drop for Charge {
     }
 }
 
+impl Cost {
+    /// Whole pages were taken: counts them too, without refusing over a rest.
+    fn count_whole_pages(&mut self, len: usize) {
+        let rest = (len as u64).saturating_sub(self.charge.bytes);
+        let used = &self.charge.budget.0.used;
+        used.fetch_add(rest, Ordering::Relaxed);
+        self.charge.bytes += rest;
+    }
+}
+
 impl Drop for Cost {
     fn drop(&mut self) {
         let regions = &self.charge.budget.0.regions;
@@ -220,11 +230,16 @@ impl Room {
         let wanted = bytes.max(1);
         let mut cost = self.cost(wanted)?;
         let (held, fallback) = self.held(wanted)?;
-        // Whole pages were taken; count them too, without refusing over a rest.
-        let rest = (held.len() as u64).saturating_sub(wanted);
-        self.budget.0.used.fetch_add(rest, Ordering::Relaxed);
-        cost.charge.bytes += rest;
+        cost.count_whole_pages(held.len());
         Ok(Allocation::new(held, cost, fallback))
+    }
+
+    /// Takes a stranger's device memory as it is. Blocks.
+    pub fn import_device(&self, from: Import) -> Result<Allocation, AllocateError> {
+        let mut cost = self.cost(from.len_bytes() as u64)?;
+        let (stage, region) = self.devices.import(self.memory.kind(), from)?;
+        cost.count_whole_pages(region.len());
+        Ok(Allocation::new(Held::Device(stage, region), cost, None))
     }
 
     /// Takes a stranger's memory file of `bytes` as it is. Blocks.

@@ -7,7 +7,9 @@
 use std::sync::Arc;
 
 use genie_client::status::AcceleratorStatus;
-use genie_dataplane::memory::accelerator::{self, AcceleratorError, DeviceRegion, MemoryKind};
+use genie_dataplane::memory::accelerator::{
+    self, AcceleratorError, DeviceRegion, Import, MemoryKind,
+};
 use genie_dataplane::stage::{Config, Stage, Trace};
 
 /// All accelerators of this agent. Clones refer to the same ones.
@@ -74,6 +76,17 @@ impl Devices {
     ) -> Result<(Arc<Stage>, Arc<DeviceRegion>), DeviceError> {
         let stage = self.stage(kind)?;
         let region = DeviceRegion::allocate(stage.accelerator(), bytes)?;
+        Ok((Arc::clone(stage), region))
+    }
+
+    /// Takes memory of another process on a device.
+    pub fn import(
+        &self,
+        kind: MemoryKind,
+        from: Import,
+    ) -> Result<(Arc<Stage>, Arc<DeviceRegion>), DeviceError> {
+        let stage = self.stage(kind)?;
+        let region = DeviceRegion::import(stage.accelerator(), from)?;
         Ok((Arc::clone(stage), region))
     }
 

@@ -263,7 +263,9 @@ mod tests {
         use crate::security::Salt;
         use crate::tensor::Dtype;
         use crate::transport::Transport;
-        use genie_client::protocol::{ArenaId, Direction, FailureKind, Note, Placed, Ranged};
+        use genie_client::protocol::{
+            ArenaId, Direction, FailureKind, IpcHandle, Note, Placed, Ranged,
+        };
         use genie_client::{Listed, Memory, Owner};
         use genie_dataplane::tcp::Token;
         use genie_dataplane::{SessionId, TransferId};
@@ -376,6 +378,11 @@ mod tests {
                 Ask::Mapped { arena },
                 Ask::Free { arena },
                 Ask::Import,
+                Ask::ImportDevice {
+                    memory: Memory::Cuda(0),
+                    bytes: 4096,
+                    handle: Some(IpcHandle([7; 64])),
+                },
                 Ask::Read {
                     offset: 0,
                     bytes: 1,

@@ -551,7 +551,7 @@ impl Client {
         self.ask_with(ask, None)
     }
 
-    fn ask_with(
+    pub(crate) fn ask_with(
         &mut self,
         ask: &Ask,
         descriptor: Option<BorrowedFd<'_>>,
@@ -621,7 +621,10 @@ impl Client {
         }
     }
 
-    fn recv_imported(&mut self, progress: impl FnMut(u64, u64)) -> Result<Imported, ClientError> {
+    pub(crate) fn recv_imported(
+        &mut self,
+        progress: impl FnMut(u64, u64),
+    ) -> Result<Imported, ClientError> {
         let Answer::Imported {
             arena,
             bytes,

@@ -4,13 +4,14 @@
 //! same device memory, and no byte of it passes through the host but in the
 //! agent's slots on its way to or from the wire.
 
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 
 use genie_dataplane::memory::accelerator::{Accelerator, DeviceLease, DeviceRegion, Import};
 
 use crate::arena::{Hold, Imported, NotOfArena, Tensor};
 use crate::client::{Client, ClientError};
-use crate::protocol::Moved;
+use crate::protocol::{Ask, IpcHandle, Memory, Moved};
 use crate::tensor::{Metadata, TensorInfo};
 
 /// Device memory that the agent can put tensors from. Given back when the last
@@ -19,6 +20,20 @@ use crate::tensor::{Metadata, TensorInfo};
 pub struct DeviceArena {
     pub(crate) memory: Imported,
     pub(crate) lease: DeviceLease,
+}
+
+/// Memory of an accelerator's that a program holds, by what another process can
+/// have it with.
+#[derive(Clone, Copy, Debug)]
+pub enum DeviceMemory<'a> {
+    /// A descriptor of it: from `cuMemExportToShareableHandle`, type
+    /// `CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR`, of memory that `cuMemCreate`
+    /// made for that; on `sim`, from
+    /// [`DeviceRegion::export`].
+    Descriptor(BorrowedFd<'a>),
+    /// A handle of the whole allocation that `cudaMalloc` made. Taken from root
+    /// and from the agent's own user only, see [`Client::import_device`].
+    Ipc(IpcHandle),
 }
 
 /// What a get brought into device memory.
@@ -83,6 +98,49 @@ impl Client {
             len: bytes,
             copied: 0,
         };
+        Ok(DeviceArena { memory, lease })
+    }
+
+    /// Lets the agent use device memory that this program holds, without a copy:
+    /// tensors are put from it, and batches read into it, see
+    /// [`Batch`](crate::Batch).
+    ///
+    /// `bytes` are counted from the start of the allocation, and count as an
+    /// arena's; a tensor inside begins at an offset. Whatever fills it must be
+    /// finished before it is put (`cuStreamSynchronize`): the agent waits for no
+    /// stream of another process. What was read into it is complete when the
+    /// batch has ended.
+    ///
+    /// Memory that was passed by descriptor stays until both have let it go,
+    /// also if the program dies. Memory behind a legacy handle must not be
+    /// freed before (CUDA says that what happens then is undefined), so the
+    /// agent takes those only from whoever could harm it anyway.
+    pub fn import_device(
+        &mut self,
+        memory: Memory,
+        from: DeviceMemory<'_>,
+        bytes: u64,
+    ) -> Result<Imported, ClientError> {
+        let (handle, descriptor) = match from {
+            DeviceMemory::Descriptor(descriptor) => (None, Some(descriptor)),
+            DeviceMemory::Ipc(handle) => (Some(handle), None),
+        };
+        let ask = Ask::ImportDevice {
+            memory,
+            bytes,
+            handle,
+        };
+        self.ask_with(&ask, descriptor)?;
+        self.recv_imported(|_, _| {})
+    }
+
+    /// [`Client::import_device`] of memory that this process allocated through
+    /// the data plane.
+    pub fn share_device(&mut self, region: &Arc<DeviceRegion>) -> Result<DeviceArena, ClientError> {
+        let file = region.export()?;
+        let from = DeviceMemory::Descriptor(file.as_fd());
+        let memory = self.import_device(region.kind().into(), from, region.len() as u64)?;
+        let lease = DeviceLease::whole(Arc::clone(region));
         Ok(DeviceArena { memory, lease })
     }
 

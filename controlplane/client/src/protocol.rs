@@ -9,6 +9,7 @@
 //!   new arena:    Arena →                    ← Arena + descriptor
 //!                 Mapped →                   ← Sealed
 //!   own memory:   Import + descriptor →      ← Imported
+//!                 ImportDevice + descriptor →   ← Imported   (a legacy handle: no descriptor)
 //!   a file:       Read + descriptor →        ← Progress…   ← Imported
 //!   put:          Put, Tensors… →            ← Progress…   ← Moved
 //!   get:          Get →                      ← Progress…   ← Found, Tensors…, Arrived + descriptor
@@ -67,6 +68,32 @@ pub enum Memory {
     Sim,
 }
 
+/// A legacy handle of a whole allocation on a CUDA device, from
+/// `cuIpcGetMemHandle` or `cudaIpcGetMemHandle` (CUDA driver API, "CUipcMemHandle").
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(into = "Vec<u8>", try_from = "Vec<u8>")]
+pub struct IpcHandle(pub [u8; 64]);
+
+/// Not a legacy handle.
+#[derive(Clone, Copy, Debug, thiserror::Error, PartialEq, Eq)]
+#[error("a legacy handle has 64 bytes, not {0}")]
+pub struct HandleLength(usize);
+
+impl From<IpcHandle> for Vec<u8> {
+    fn from(handle: IpcHandle) -> Self {
+        handle.0.to_vec()
+    }
+}
+
+impl TryFrom<Vec<u8>> for IpcHandle {
+    type Error = HandleLength;
+
+    fn try_from(bytes: Vec<u8>) -> Result<Self, HandleLength> {
+        let len = bytes.len();
+        bytes.try_into().map(Self).map_err(|_| HandleLength(len))
+    }
+}
+
 /// What an application asks.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub enum Ask {
@@ -97,6 +124,15 @@ pub enum Ask {
     },
     /// Use a memory file of mine as an arena; its descriptor follows.
     Import,
+    /// Use memory of mine on an accelerator as an arena.
+    ImportDevice {
+        /// On which one.
+        memory: Memory,
+        /// How many bytes, from the start of the allocation.
+        bytes: u64,
+        /// What names it; without one a descriptor follows.
+        handle: Option<IpcHandle>,
+    },
     /// Read a file into a new arena; its descriptor follows.
     Read {
         /// First byte.

@@ -11,9 +11,10 @@ use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
-use genie_client::protocol::{ArenaId, BATCHES_MAX, DESCRIPTOR_BYTE, Direction, Placed};
+use genie_client::protocol::{ArenaId, BATCHES_MAX, DESCRIPTOR_BYTE, Direction, IpcHandle, Placed};
 use genie_client::{FailureKind, TensorInfo};
 use genie_dataplane::memory::RegionError;
+use genie_dataplane::memory::accelerator::{Import, MemoryKind};
 use genie_dataplane::stage::Place;
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
@@ -76,6 +77,14 @@ pub(super) enum MemoryError {
          or have the file read instead"
     )]
     NotMemory,
+    #[error("{0} is no accelerator: pass host memory as a sealed memory file")]
+    NotDevice(MemoryKind),
+    #[error(
+        "legacy handles are taken from root and from the agent's own user only, as a program \
+         that frees its memory too early could harm the whole device: pass a descriptor \
+         (cuMemExportToShareableHandle)"
+    )]
+    LegacyHandle,
     #[error("only regular files are read, this is a {0}")]
     NotRegular(&'static str),
     #[error("the file ends at {end} bytes, before {wanted}")]
@@ -97,11 +106,13 @@ impl MemoryError {
             | Self::OutsideArena(_)
             | Self::ReadOnly(_)
             | Self::NotListening
+            | Self::NotDevice(_)
             | Self::OnDevice => FailureKind::Invalid,
             Self::Batches => FailureKind::Quota,
             Self::Seal(_)
             | Self::NoDescriptor
             | Self::NotMemory
+            | Self::LegacyHandle
             | Self::NotRegular(_)
             | Self::Short { .. }
             | Self::Read(_) => FailureKind::Descriptor,
@@ -225,6 +236,42 @@ pub(super) fn import(foreign: Foreign, room: &Room) -> Result<Allocation, Memory
     // A memory file: no file system of a stranger's sees it closed.
     let Foreign { file, _thread } = foreign;
     Ok(room.import(file, bytes).map_err(TransferError::from)?)
+}
+
+/// Device memory of a stranger's, as it came.
+#[derive(Debug)]
+pub(super) enum Passed {
+    File(Foreign),
+    Handle(IpcHandle),
+}
+
+/// Takes device memory of a program of user `uid` as it is. Blocks.
+pub(super) fn import_device(
+    passed: Passed,
+    bytes: u64,
+    uid: u32,
+    room: &Room,
+) -> Result<Allocation, MemoryError> {
+    let kind = room.memory.kind();
+    if !kind.is_device() {
+        return Err(MemoryError::NotDevice(kind));
+    }
+    // More than the address space has is more than any device has.
+    let len = usize::try_from(bytes.max(1)).unwrap_or(usize::MAX);
+    // Until the driver has closed it: it may be of any file system.
+    let (from, _thread) = match passed {
+        Passed::File(Foreign { file, _thread }) => {
+            (Import::Descriptor { file, len }, Some(_thread))
+        }
+        Passed::Handle(IpcHandle(handle)) => {
+            let own = rustix::process::geteuid().as_raw();
+            if uid != 0 && uid != own {
+                return Err(MemoryError::LegacyHandle);
+            }
+            (Import::Ipc { handle, len }, None)
+        }
+    };
+    Ok(room.import_device(from).map_err(TransferError::from)?)
 }
 
 /// Reads a part of a file into new memory, until nobody waits. Blocks, for as

@@ -28,6 +28,9 @@ pub fn kind_of(error: &TransferError) -> FailureKind {
         TransferError::Allocate(AllocateError::Device(DeviceError::Failed(
             AcceleratorError::OutOfMemory { .. },
         ))) => FailureKind::NoMemory,
+        TransferError::Allocate(AllocateError::Device(DeviceError::Failed(
+            AcceleratorError::Import { .. },
+        ))) => FailureKind::Descriptor,
         TransferError::Allocate(AllocateError::Device(_)) | TransferError::Accelerator(_) => {
             FailureKind::Accelerator
         }
