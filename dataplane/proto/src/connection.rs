@@ -268,12 +268,18 @@ impl Connection {
     }
 
     /// Changes how many packets the peer may have in flight toward us; it learns
-    /// of it with the next ACK. Zero stops it, and raising it from zero tells it at once.
+    /// of it with the next ACK. Zero stops it; a share at least twice as large is
+    /// told at once.
     pub fn set_receive_credit(&mut self, packets: u32) {
-        if self.config.receive_credit == 0 && packets > 0 {
+        if packets > 0 && packets / 2 >= self.config.receive_credit {
             self.received.hasten();
         }
         self.config.receive_credit = packets;
+    }
+
+    /// How many packets the peer may have in flight toward us.
+    pub fn receive_credit(&self) -> u32 {
+        self.config.receive_credit
     }
 
     /// Counts a datagram that the engine dropped before it got here.

@@ -13,13 +13,14 @@
 //!
 //! Reading order: [`wire`] (the bytes), [`transfer`] and [`digest`] (what is
 //! moved; also used by the TCP engine), [`connection`] (the state machine),
-//! [`congestion`], [`seal`] (what an engine wraps around it where packets are
+//! [`congestion`] and [`credit`], [`seal`] (what an engine wraps around it where packets are
 //! encrypted). The page `docs/protocol.md` describes the same bytes in prose.
 
 #![forbid(unsafe_code)]
 
 pub mod congestion;
 pub mod connection;
+pub mod credit;
 pub mod digest;
 #[cfg(any(feature = "fuzzing", fuzzing))]
 pub mod fuzzing;
@@ -34,6 +35,7 @@ pub use connection::{
     CloseReason, Config, Connection, DropCause, Event, FailReason, PathLostReason, Retransmits,
     Stats, TransferError, Transmit,
 };
+pub use credit::Credit;
 pub use digest::{Digest, DigestBuilder, Integrity};
 pub use id::{Segment, SessionId, TransferId};
 pub use time::Time;

@@ -14,7 +14,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use genie_proto::seal::Secrets;
-use genie_proto::{SessionId, Time, wire};
+use genie_proto::{Credit, SessionId, Time, wire};
 use serde::{Deserialize, Serialize};
 
 use super::frame::{self, Head, Parsed};
@@ -166,6 +166,8 @@ struct Core {
     config: Config,
     link: Link,
     sessions: HashMap<SessionId, Session>,
+    /// What their peers may have in flight.
+    credit: Credit,
     /// Frames the device has not taken yet: the first `sent` of them it has.
     frames: Vec<TxFrame>,
     sent: usize,
@@ -215,6 +217,7 @@ impl<D: Device> Engine<D> {
     fn new(config: Config, device: D, bed: Bed, ports: EnginePorts, status: Status) -> Self {
         let link = Link::new(device.capabilities().mac, config.addresses.clone());
         let core = Core {
+            credit: Credit::new(credit(device.capabilities().rx_descriptors)),
             config,
             link,
             sessions: HashMap::new(),
@@ -248,7 +251,7 @@ impl<D: Device> Engine<D> {
             addresses: self.core.link.addresses().to_vec(),
             port: self.core.config.port,
             mtu: capabilities.mtu,
-            credit: credit(capabilities.rx_descriptors),
+            credit: first_credit(capabilities.rx_descriptors),
         }
     }
 
@@ -332,7 +335,7 @@ impl<D: Device> Engine<D> {
                 let capabilities = device.capabilities();
                 let own = session::Own {
                     mtu: capabilities.mtu,
-                    credit: credit(capabilities.rx_descriptors),
+                    credit: first_credit(capabilities.rx_descriptors),
                     integrity,
                 };
                 let sealing = match remote.secrets {
@@ -462,6 +465,12 @@ impl<D: Device> Engine<D> {
         }
         let core = &mut self.core;
         core.remove_ended(now);
+        let sessions = &mut core.sessions;
+        core.credit.balance(now, |visit| {
+            for session in sessions.values_mut() {
+                session.show_credit(now, visit);
+            }
+        });
         core.outbox.flush();
     }
 
@@ -519,10 +528,16 @@ impl<D: Device> Engine<D> {
     }
 }
 
-/// Packets a peer may have in flight: half the receive ring, so that two
-/// peers that fill theirs at once, and our own late polling, lose nothing.
-fn credit(rx_descriptors: u16) -> u16 {
-    (rx_descriptors / 2).max(1)
+/// Packets that all peers may have in flight: half the receive ring, so that
+/// our own late polling loses nothing, nor peers whose shares just change.
+fn credit(rx_descriptors: u16) -> u32 {
+    u32::from(rx_descriptors / 2).max(1)
+}
+
+/// What a peer begins with.
+fn first_credit(rx_descriptors: u16) -> u16 {
+    let first = Credit::first(credit(rx_descriptors));
+    first.try_into().unwrap_or(u16::MAX)
 }
 
 impl Core {

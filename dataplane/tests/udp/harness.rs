@@ -1,7 +1,7 @@
 //! Two engines over two devices joined in memory, and a device that fails on demand.
 
 use std::convert::Infallible;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -186,34 +186,56 @@ pub(crate) struct Switches {
     pub(crate) seen: Mutex<Vec<Vec<u8>>>,
     /// Frames that somebody else puts on the link.
     pub(crate) injected: Mutex<Vec<Vec<u8>>>,
+    /// Frames that went out.
+    sent: AtomicU64,
+    /// Frames that came in.
+    received: AtomicU64,
+    /// The most frames that waited to be received.
+    pub(crate) fullest: AtomicU64,
 }
 
 /// A device that fails on demand.
 pub(crate) struct Rig {
     inner: PairDevice,
+    capabilities: Capabilities,
     pub(crate) switches: Arc<Switches>,
+    peer: Arc<Switches>,
 }
 
 /// Two joined rigs.
 pub(crate) fn rigs(options: &Options) -> (Rig, Rig) {
     let (a, b) = pair(options);
-    let rig = |inner| Rig {
+    let switches: [Arc<Switches>; 2] = Default::default();
+    let rig = |inner: PairDevice, end: usize| Rig {
+        capabilities: inner.capabilities().clone(),
         inner,
-        switches: Arc::default(),
+        switches: Arc::clone(&switches[end]),
+        peer: Arc::clone(&switches[1 - end]),
     };
-    (rig(a), rig(b))
+    (rig(a, 0), rig(b, 1))
+}
+
+impl Rig {
+    /// The same, saying that it has so many receive descriptors.
+    pub(crate) fn claiming(mut self, rx_descriptors: u16) -> Self {
+        self.capabilities.rx_descriptors = rx_descriptors;
+        self
+    }
 }
 
 impl Device for Rig {
     fn capabilities(&self) -> &Capabilities {
-        self.inner.capabilities()
+        &self.capabilities
     }
     fn rx_burst(&mut self, on_frame: &mut dyn FnMut(View<'_>)) -> usize {
         let switches = &self.switches;
+        let received = switches.received.load(Ordering::Relaxed);
+        let waiting = self.peer.sent.load(Ordering::Acquire) - received;
+        switches.fullest.fetch_max(waiting, Ordering::Relaxed);
         for frame in switches.injected.lock().unwrap().drain(..) {
             on_frame(View::from(&frame[..]));
         }
-        self.inner.rx_burst(&mut |view| {
+        let count = self.inner.rx_burst(&mut |view| {
             if switches.records.load(Ordering::Relaxed) {
                 let mut bytes = vec![0; view.len()];
                 view.copy_to(&mut bytes);
@@ -222,7 +244,9 @@ impl Device for Rig {
             if !switches.dead.load(Ordering::Relaxed) {
                 on_frame(view);
             }
-        })
+        });
+        switches.received.fetch_add(count as u64, Ordering::Relaxed);
+        count
     }
     fn tx_burst(&mut self, frames: &[TxFrame]) -> usize {
         if self.switches.jammed.load(Ordering::Relaxed) {
@@ -230,7 +254,12 @@ impl Device for Rig {
         } else if self.switches.swallows.load(Ordering::Relaxed) {
             frames.len()
         } else {
-            self.inner.tx_burst(frames)
+            // Counted before they can be received.
+            let sent = &self.switches.sent;
+            sent.fetch_add(frames.len() as u64, Ordering::Release);
+            let count = self.inner.tx_burst(frames);
+            sent.fetch_sub((frames.len() - count) as u64, Ordering::Release);
+            count
         }
     }
     fn attach(&mut self, lease: Lease) -> Result<Attachment, AttachError> {

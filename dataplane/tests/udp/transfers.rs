@@ -1,5 +1,6 @@
 //! Tensors between two engines over devices that work, or lose and spoil frames.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
@@ -247,6 +248,48 @@ fn sessions_come_and_go_and_leave_nothing() {
         assert!(Instant::now() < limit, "closed sessions stay");
         std::thread::sleep(Duration::from_millis(10));
     }
+}
+
+/// A NIC would drop what does not fit into its ring; this device holds more than
+/// it says it does, and counts.
+#[test]
+fn eight_flows_never_fill_the_receivers_ring() {
+    const RING: u16 = 256;
+    let (a, b) = rigs(&Options {
+        descriptors: 4096,
+        ..Options::default()
+    });
+    let fullest = Arc::clone(&b.switches);
+    let mut a = Node::start(a, config());
+    let mut b = Node::start(b.claiming(RING), config());
+    let mut sessions = Vec::new();
+    for _ in 0..8 {
+        std::thread::scope(|scope| {
+            let other = scope.spawn(|| b.open(&a));
+            a.open(&b).expect("a opens");
+            other.join().unwrap().expect("b opens");
+        });
+        sessions.push((a.session, b.session));
+        a.session = a.endpoint.new_session(fastrand::u32(..));
+        b.session = b.endpoint.new_session(fastrand::u32(..));
+    }
+    let bytes = random_bytes(&mut fastrand::Rng::with_seed(5), 8 << 20);
+    let source = region(&bytes);
+    let mut moving = Vec::new();
+    for (from, to) in sessions {
+        let into = region(&vec![0; bytes.len()]);
+        let (id, incoming) = block_on(b.endpoint.receive(to, into.clone())).unwrap();
+        let outgoing = block_on(a.endpoint.send(from, id, source.clone())).unwrap();
+        moving.push((into, incoming, outgoing));
+    }
+    for (into, incoming, outgoing) in moving {
+        outgoing.wait().expect("the sender is told of success");
+        incoming.wait().expect("the receiver is told of success");
+        assert!(contents(&into) == bytes);
+    }
+    let fullest = fullest.fullest.load(Ordering::Relaxed);
+    assert!(fullest <= u64::from(RING), "{fullest} frames waited");
+    assert!(fullest > 16, "the ring was used: {fullest}");
 }
 
 #[test]

@@ -1,6 +1,7 @@
 //! Two peers over a simulated network that loses, repeats, reorders, corrupts
 //! and delays. A failure prints its case: the seed reproduces it exactly.
 
+mod incast;
 mod network;
 mod pair;
 mod sealed;

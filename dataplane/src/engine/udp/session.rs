@@ -48,6 +48,10 @@ const GOODBYE_LIMIT: Duration = Duration::from_millis(100);
 /// sending it; after this long it never will.
 const STUCK_LIMIT: Duration = Duration::from_secs(1);
 
+/// After its last transfer a peer keeps its share of the receive ring for so
+/// long: the next one often comes soon.
+const SHARE_KEPT: Duration = Duration::from_millis(100);
+
 pub(super) struct Session {
     id: SessionId,
     connection: Connection,
@@ -57,6 +61,8 @@ pub(super) struct Session {
     incoming: HashMap<TransferId, Incoming>,
     outgoing: HashMap<TransferId, Outgoing>,
     detaching: Vec<Detaching>,
+    /// When there last was a transfer.
+    busy: Option<Time>,
     /// Seals packets and opens them; none where they are plain.
     security: Option<Box<Security>>,
     integrity: Integrity,
@@ -256,6 +262,7 @@ impl Session {
             incoming: HashMap::new(),
             outgoing: HashMap::new(),
             detaching: Vec::new(),
+            busy: None,
             security,
             integrity: own.integrity,
             copied_bytes: 0,
@@ -264,6 +271,16 @@ impl Session {
 
     pub(super) fn peer(&self) -> IpAddr {
         self.peer.ip()
+    }
+
+    /// Shows the connection, and whether its peer needs more of the receive ring
+    /// than a beginner: it sends, or it answers to what we send.
+    pub(super) fn show_credit(&mut self, now: Time, visit: &mut dyn FnMut(bool, &mut Connection)) {
+        if !self.incoming.is_empty() || !self.outgoing.is_empty() {
+            self.busy = Some(now);
+        }
+        let busy = self.busy.is_some_and(|at| now.since(at) < SHARE_KEPT);
+        visit(busy, &mut self.connection);
     }
 
     pub(super) fn is_from(&self, address: SocketAddr) -> bool {
