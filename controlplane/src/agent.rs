@@ -32,13 +32,11 @@ use crate::metrics;
 use crate::node::{Node, Parts};
 use crate::session::establish;
 use crate::status::MetricsStatus;
+use crate::strangers::Strangers;
 use crate::transport::{Attended, Local, Preference, Transport, Transports};
 
 /// Programs that may be connected at a time.
 const APPLICATIONS_MAX: usize = 256;
-
-/// Peers that may be introducing themselves at a time.
-const STRANGERS_MAX: usize = 256;
 
 /// Why the agent did not start, or could not go on.
 #[derive(Debug, thiserror::Error)]
@@ -456,9 +454,8 @@ async fn dispatch(mut completions: Completions) -> io::Result<()> {
 }
 
 async fn accept_peers(node: &Arc<Node>, listener: &TcpListener) {
-    let strangers = Arc::new(Semaphore::new(STRANGERS_MAX));
+    let strangers = Strangers::default();
     loop {
-        let permit = Arc::clone(&strangers).acquire_owned().await;
         let (stream, address) = match listener.accept().await {
             Ok(accepted) => accepted,
             Err(error) => {
@@ -467,11 +464,19 @@ async fn accept_peers(node: &Arc<Node>, listener: &TcpListener) {
             }
         };
         let node = Arc::clone(node);
+        // Given back once the stranger is a peer or is gone.
+        let mut place = strangers.place(address.ip());
         tokio::spawn(async move {
-            // Given back once the stranger is a peer or is gone.
-            let _permit = permit;
-            if let Err(error) = establish::accept(&node, stream).await {
-                tracing::warn!(%address, "no session: {error}");
+            tokio::select! {
+                accepted = establish::accept(&node, stream) => {
+                    if let Err(error) = accepted {
+                        tracing::warn!(%address, "no session: {error}");
+                    }
+                }
+                () = place.lost() => {
+                    node.identity.count_dropped_stranger();
+                    tracing::warn!(%address, "no session: others came before it had introduced itself");
+                }
             }
         });
     }

@@ -24,6 +24,7 @@ pub struct Identity {
     current: RwLock<Arc<Current>>,
     refused_peers: AtomicU64,
     refused_requests: AtomicU64,
+    dropped_strangers: AtomicU64,
 }
 
 /// One complete set.
@@ -49,6 +50,7 @@ impl Identity {
             current: RwLock::new(Arc::new(current)),
             refused_peers: AtomicU64::new(0),
             refused_requests: AtomicU64::new(0),
+            dropped_strangers: AtomicU64::new(0),
         }
     }
 
@@ -81,6 +83,11 @@ impl Identity {
         self.refused_peers.fetch_add(1, Ordering::Relaxed);
     }
 
+    /// Counts a connection that lost its place before it was a session.
+    pub fn count_dropped_stranger(&self) {
+        self.dropped_strangers.fetch_add(1, Ordering::Relaxed);
+    }
+
     /// Whether `peer` may do this; a refusal is counted and logged.
     pub fn check(&self, peer: &str, right: Right, name: &str) -> bool {
         let granted = self.current().access.grants(peer, right, name);
@@ -100,6 +107,7 @@ impl Identity {
             reload_error: current.reload_error.clone(),
             refused_peers: self.refused_peers.load(Ordering::Relaxed),
             refused_requests: self.refused_requests.load(Ordering::Relaxed),
+            dropped_strangers: self.dropped_strangers.load(Ordering::Relaxed),
         }
     }
 

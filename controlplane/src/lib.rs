@@ -36,6 +36,7 @@ pub mod safetensors;
 pub mod security;
 pub mod session;
 pub mod store;
+pub mod strangers;
 pub mod transfer;
 pub mod transport;
 pub mod units;

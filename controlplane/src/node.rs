@@ -11,7 +11,7 @@ use genie_dataplane::endpoint::Lost;
 use genie_dataplane::engine::FailReason;
 use genie_dataplane::memory::accelerator::MemoryKind;
 
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, SemaphorePermit};
 
 use crate::budget::{Budget, Room};
 use crate::devices::Devices;
@@ -29,6 +29,9 @@ use crate::status::{
 use crate::store::Store;
 use crate::transfer::once::Once;
 use crate::transport::{Local, Preference, Transport, Transports};
+
+/// Batches under way with one peer: other requests find room beside them.
+const BATCHES_MAX: usize = REQUESTS_MAX / 2;
 
 /// One agent. Shared by all its tasks.
 #[derive(Debug)]
@@ -73,8 +76,8 @@ pub struct Node {
     pub notifications: Notifications,
     /// Puts that were done for peers.
     pub once: Once,
-    /// Room for batches of ranges: fewer at a time than a peer takes.
-    pub batches: Arc<Semaphore>,
+    /// Room for batches of ranges of this node's own windows.
+    batches: Semaphore,
     /// When the agent started.
     pub started: Instant,
     live: Mutex<Vec<Arc<Session>>>,
@@ -87,6 +90,9 @@ pub struct Node {
 pub struct Peer {
     /// Where it is, `host:port`.
     pub address: String,
+    /// Room for batches of ranges: fewer at a time than it takes. Each peer has
+    /// its own, so a slow one keeps nobody else's batches waiting.
+    batches: Semaphore,
     session: tokio::sync::Mutex<Option<Arc<Session>>>,
 }
 
@@ -139,6 +145,7 @@ impl Node {
                 name,
                 Peer {
                     address,
+                    batches: Semaphore::new(BATCHES_MAX),
                     session: Default::default(),
                 },
             )
@@ -164,7 +171,7 @@ impl Node {
             counters: Counters::default(),
             notifications: Notifications::default(),
             once: Once::default(),
-            batches: Arc::new(Semaphore::new(REQUESTS_MAX / 2)),
+            batches: Semaphore::new(BATCHES_MAX),
             started: Instant::now(),
             live: Mutex::default(),
             busy: AtomicUsize::new(0),
@@ -215,6 +222,17 @@ impl Node {
         let dialled = establish::dial(self, name, &peer.address).await?;
         *session = Some(Arc::clone(&dialled));
         Ok(dialled)
+    }
+
+    /// Waits for room for a batch of ranges, here or with a peer; none is needed
+    /// for a peer that does not exist.
+    pub async fn batch_room(&self, peer: Option<&str>) -> Option<SemaphorePermit<'_>> {
+        let room = match peer {
+            None => &self.batches,
+            Some(peer) => &self.peers.get(peer)?.batches,
+        };
+        // An error only once it is closed, which it never is.
+        room.acquire().await.ok()
     }
 
     /// Notes a session that is up.

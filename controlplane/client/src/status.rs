@@ -87,6 +87,9 @@ pub struct IdentityStatus {
     pub refused_peers: u64,
     /// Requests that were refused for want of a right.
     pub refused_requests: u64,
+    /// Connections that lost their places before they were sessions.
+    #[serde(default)]
+    pub dropped_strangers: u64,
 }
 
 /// How full the store, or the room for arenas, is.

@@ -143,8 +143,7 @@ async fn run(
     progress: &Progress,
 ) -> Result<Moved, TransferError> {
     let _busy = node.begin().ok_or(TransferError::Stopping)?;
-    let turn = node.batches.acquire().await;
-    let _turn = turn.map_err(|_| TransferError::Stopping)?;
+    let _room = node.batch_room(peer.as_deref()).await;
     let Some(peer) = peer else {
         return run_here(node, direction, runs, places, note, owner, progress).await;
     };

@@ -31,11 +31,13 @@ fn agent(page: &mut Page, status: &AgentStatus) {
     let identity = &status.identity;
     page.counter(
         "genie_refused_total",
-        "Peers turned away, and requests refused for want of a right.",
+        "Peers turned away, requests refused for want of a right, and connections dropped \
+         for newer ones before they were sessions.",
     );
     for (what, refused) in [
         ("peer", identity.refused_peers),
         ("request", identity.refused_requests),
+        ("stranger", identity.dropped_strangers),
     ] {
         page.sample("genie_refused_total", &[("what", what)], refused as f64);
     }
