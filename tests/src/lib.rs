@@ -354,7 +354,7 @@ impl Output {
 fn default_address(flag: &str, args: &[&str]) -> Option<String> {
     let value = |arg: &&str| {
         arg.strip_prefix(flag)
-            .is_some_and(|rest| rest.starts_with('='))
+            .is_some_and(|rest| rest.is_empty() || rest.starts_with('='))
     };
     let given = args.iter().any(value);
     (!given).then(|| format!("{flag}=127.0.0.1:0"))
