@@ -96,8 +96,9 @@ fn the_cost_of_sealing_is_measured_beside_plain_packets() {
     for (row, copies) in rows.iter().zip([1.0, 3.0]) {
         assert_eq!(row["verified"], true, "{row}");
         let copied = number(row, "copies_per_byte");
-        // What is sent again is copied again.
-        assert!((copies..copies * 1.2).contains(&copied), "{row}");
+        // What is sent again is copied again; the last block of the warm-up may
+        // be counted at one end only.
+        assert!((copies * 0.9..copies * 1.2).contains(&copied), "{row}");
     }
 }
 

@@ -44,6 +44,12 @@ pub fn free_hugepages() -> u64 {
     read(free).trim().parse().unwrap_or(0)
 }
 
+/// Whether this process may give a socket this congestion control.
+pub fn may_choose(control: &str) -> bool {
+    let allowed = read("/proc/sys/net/ipv4/tcp_allowed_congestion_control");
+    rustix::process::geteuid().is_root() || allowed.split_whitespace().any(|one| one == control)
+}
+
 /// How much of the machine others use, from [`Watch::start`] on.
 #[derive(Debug)]
 pub struct Watch {

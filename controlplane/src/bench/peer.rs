@@ -21,7 +21,7 @@ use super::pool::{Layout, Pool};
 use super::window::Window;
 
 /// What must be equal at both ends.
-pub const VERSION: &str = concat!("genie bench 1, genie ", env!("CARGO_PKG_VERSION"));
+pub const VERSION: &str = concat!("genie bench 2, genie ", env!("CARGO_PKG_VERSION"));
 
 /// How long the measuring process may be silent: it may run a row of any length.
 const PATIENCE: Duration = Duration::from_secs(3600);

@@ -16,6 +16,9 @@ use super::carriers::Kind;
 use crate::security::DataSecurity;
 use crate::units::{parse_bytes, parse_duration};
 
+/// Blocks of the default's reads and writes: what a layer of a model is, about.
+const ONE_SIDED_BYTES: u64 = 1 << 20;
+
 /// What is done with blocks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Op {
@@ -47,7 +50,8 @@ pub struct BenchArgs {
     /// What carries blocks, compared: shm, dpdk, tcp, mem (default: dpdk and tcp)
     #[arg(long, value_delimiter = ',', value_name = "LIST")]
     pub transport: Vec<Kind>,
-    /// What is done with blocks (default: send, and pingpong of the smallest)
+    /// What is done with blocks (default: send, pingpong of the smallest, and
+    /// with --spawn write and read of 1 MiB through agents)
     #[arg(long, value_delimiter = ',', value_name = "LIST")]
     pub op: Vec<Op>,
     /// Sizes: 4k,1m or a sweep by factors of four, 64:1g
@@ -240,8 +244,8 @@ impl BenchArgs {
             threads: self.threads,
             streams: self.streams,
             memory: self.memory,
-            duration: self.duration.unwrap_or(short(400, 1000)),
-            warmup: self.warmup.unwrap_or(short(150, 500)),
+            duration: self.duration.unwrap_or(short(400, 700)),
+            warmup: self.warmup.unwrap_or(short(150, 300)),
             repeats: self
                 .repeats
                 .map_or(if self.quick { 3 } else { 5 }, usize::from),
@@ -252,6 +256,25 @@ impl BenchArgs {
                 32 << 20
             },
         })
+    }
+
+    /// What programs get of agents, beside what engines carry: one size of it,
+    /// of the default rows.
+    fn one_sided_rows(&self, sizes: &[u64]) -> Vec<PlannedRow> {
+        let plain = self.digest == Digest::On
+            && self.data_security == [DataSecurity::Plain]
+            && !self.transport.contains(&Kind::Mem);
+        let by_default = self.op.is_empty() && self.place.spawn && !self.quick;
+        if !by_default || self.only_agents() || !plain || !sizes.contains(&ONE_SIDED_BYTES) {
+            return Vec::new();
+        }
+        let row = |op| PlannedRow {
+            op,
+            block_size: ONE_SIDED_BYTES,
+            batch_size: usize::from(self.batch_size).min(BATCHES_MAX),
+            cold: !self.hot,
+        };
+        vec![row(Op::Write), row(Op::Read)]
     }
 
     fn rows(&self, sizes: &[u64]) -> Vec<PlannedRow> {
@@ -293,6 +316,7 @@ impl BenchArgs {
                 }
             }
         }
+        rows.extend(self.one_sided_rows(sizes));
         rows
     }
 
@@ -514,7 +538,10 @@ mod tests {
             pingpongs.map(|row| row.block_size).collect::<Vec<_>>(),
             [64]
         );
-        assert_eq!(plan.rows.len(), 13);
+        assert_eq!(plan.rows.len(), 15);
+        let agents = plan.rows.iter().filter(|row| plan.through_agents(row));
+        let agents: Vec<_> = agents.map(|row| (row.op, row.block_size)).collect();
+        assert_eq!(agents, [(Op::Write, 1 << 20), (Op::Read, 1 << 20)]);
         assert!(plan.rows.iter().any(|row| row.cold) && plan.rows.iter().any(|row| !row.cold));
     }
 }

@@ -109,14 +109,13 @@ fn figure(value: Option<f64>) -> String {
 /// The report as comma-separated values, one line a row.
 pub fn csv(report: &Report) -> String {
     let mut text = String::from(
-        "kind,name,op,transport,device,memory,cold,block_size,batch_size,streams,repeats,gb_per_s,\
+        "kind,name,op,transport,device,memory,cold,block_size,batch_size,threads,streams,repeats,gb_per_s,\
          ci95_low,ci95_high,blocks_per_s,avg_us,p50_us,p99_us,p999_us,cpu_s_per_gb,copies_per_byte,\
-         driver_copies_per_byte,kernel_copies_per_byte,retransmits,verified,error\n",
+         driver_copies_per_byte,kernel_copies_per_byte,retransmits,digest,verified,reasons,error\n",
     );
     for (kind, rows) in [("genie", &report.rows), ("baseline", &report.baselines)] {
         for row in rows {
-            let number =
-                |value: Option<f64>| value.map_or(String::new(), |value| value.to_string());
+            let number = shown::<f64>;
             let [low, high] = row
                 .gb_per_s_ci95
                 .map_or([None, None], |ends| ends.map(Some));
@@ -130,8 +129,8 @@ pub fn csv(report: &Report) -> String {
                 row.cold.to_string(),
                 row.block_size.to_string(),
                 row.batch_size.to_string(),
-                row.streams
-                    .map_or(String::new(), |streams| streams.to_string()),
+                shown(row.threads),
+                shown(row.streams),
                 row.repeats.to_string(),
                 number(row.gb_per_s),
                 number(low),
@@ -145,9 +144,10 @@ pub fn csv(report: &Report) -> String {
                 number(row.copies_per_byte),
                 number(row.driver_copies_per_byte),
                 number(row.kernel_copies_per_byte),
-                row.retransmits
-                    .map_or(String::new(), |count| count.to_string()),
+                shown(row.retransmits),
+                shown(row.digest),
                 row.verified.to_string(),
+                row.reasons.join("; "),
                 row.error.clone().unwrap_or_default(),
             ];
             text += &fields.map(|field| quoted(&field)).join(",");
@@ -155,6 +155,10 @@ pub fn csv(report: &Report) -> String {
         }
     }
     text
+}
+
+fn shown<T: ToString>(value: Option<T>) -> String {
+    value.map_or(String::new(), |value| value.to_string())
 }
 
 /// A field as RFC 4180 wants it.
@@ -228,7 +232,7 @@ mod tests {
             lines
                 .next()
                 .unwrap()
-                .ends_with(",false,\"no path, says \"\"b\"\"\""),
+                .ends_with(",false,,\"no path, says \"\"b\"\"\""),
             "{text}"
         );
     }

@@ -5,7 +5,7 @@ use crate::bench::BenchError;
 use crate::bench::baseline::tcp::{BareTcp, How};
 use crate::bench::baseline::{Baseline, iperf3, memcpy::Memcpy, raw};
 use crate::bench::carriers::Kind;
-use crate::bench::environment::cpu_time;
+use crate::bench::environment::{self, cpu_time};
 use crate::bench::figures::{account_cpu, figures};
 use crate::bench::genie::{ask, unexpected};
 use crate::bench::measure::{self, Carrier, Workload};
@@ -13,7 +13,7 @@ use crate::bench::message::{Reply, Request};
 use crate::bench::other::Other;
 use crate::bench::plan::{Op, PlannedRow};
 use crate::bench::pool::{Layout, Pool};
-use crate::bench::report::Row;
+use crate::bench::report::{NotMeasured, Row};
 use crate::bench::statistics::{confidence_95, median};
 
 impl Bench<'_> {
@@ -66,7 +66,18 @@ impl Bench<'_> {
 
     fn measure_tcp(&mut self) -> Result<(), BenchError> {
         let mut other = self.connect()?;
-        let rows = self.plan.rows.clone();
+        let mut rows: Vec<PlannedRow> = Vec::new();
+        for row in &self.plan.rows {
+            // Beside what moves one way, whoever asked for it, is a bare send.
+            let op = match row.op {
+                Op::Pingpong => Op::Pingpong,
+                Op::Send | Op::Read | Op::Write => Op::Send,
+            };
+            let row = PlannedRow { op, ..*row };
+            if !rows.contains(&row) {
+                rows.push(row);
+            }
+        }
         let pool = self.take_memory(&mut other, &rows)?;
         for control in self.controls(Kind::Tcp) {
             for row in &rows {
@@ -144,7 +155,16 @@ impl Bench<'_> {
         let mut controls = self.controls(Kind::Tcp);
         // What Genie takes over loopback must not look better for it.
         if controls == [None] && to.is_loopback() {
-            controls.push(Some("cubic".into()));
+            if environment::may_choose("cubic") {
+                controls.push(Some("cubic".into()));
+            } else {
+                self.report.not_measured.push(NotMeasured {
+                    name: "iperf3 cubic".into(),
+                    reason:
+                        "tcp_allowed_congestion_control does not have it: only root may choose it"
+                            .into(),
+                });
+            }
         }
         let mut runs: Vec<(String, Vec<String>)> = Vec::new();
         for (streams, zero) in [(1, false), (2, false), (4, false), (1, true)] {
