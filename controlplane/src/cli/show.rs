@@ -182,7 +182,10 @@ fn accelerator(one: &AcceleratorStatus) -> String {
     }
     let (name, driver) = (one.name.as_deref(), one.driver.as_deref());
     let gpudirect = one.gpudirect.as_deref().map_or_else(
-        || "staged (no engine receives into device memory, though the device supports it)".to_owned(),
+        || {
+            "staged (no engine receives into device memory, though the device supports it)"
+                .to_owned()
+        },
         |reason| format!("staged, no GPUDirect: {reason}"),
     );
     format!(
