@@ -244,8 +244,8 @@ impl BenchArgs {
             threads: self.threads,
             streams: self.streams,
             memory: self.memory,
-            duration: self.duration.unwrap_or(short(400, 700)),
-            warmup: self.warmup.unwrap_or(short(150, 300)),
+            duration: self.duration.unwrap_or(short(150, 700)),
+            warmup: self.warmup.unwrap_or(short(100, 300)),
             repeats: self
                 .repeats
                 .map_or(if self.quick { 3 } else { 5 }, usize::from),
