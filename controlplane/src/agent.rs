@@ -152,6 +152,8 @@ async fn serve(
         store_bytes: config.store_bytes,
         arena_bytes: config.arena_bytes,
         user_limits: config.user_limits,
+        peer_limits: config.peer_limits,
+        own_limits: config.own_limits.clone(),
         peers: config.peers.clone(),
         listen: listener.local_addr()?,
         socket: config.socket.clone(),

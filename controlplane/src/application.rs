@@ -258,6 +258,7 @@ impl Application {
     fn room(&self, memory: Memory) -> Room {
         Room {
             budget: self.node.arenas.clone(),
+            peer: None,
             user: Some(self.user.clone()),
             memory,
             devices: self.node.devices.clone(),
@@ -445,7 +446,8 @@ impl Application {
                 }
                 None => {
                     let _given_up = told.give_up_on_drop();
-                    let (store, room) = (node.store.clone(), node.store_room(memory.kind()));
+                    let (store, room) =
+                        (node.store.clone(), node.store_room(memory.kind(), &owner));
                     let keep = move || {
                         let (sources, owner) = (&sources, &owner);
                         transfer::put_local(&store, &prefix, sources, metadata, owner, &room, &told)

@@ -16,6 +16,7 @@ use genie_dataplane::stage::{Place, Stage};
 use genie_hugepages::{PageSize, Root};
 
 use crate::devices::{DeviceError, Devices};
+use crate::quota::peer::{Account, LimitError};
 use crate::quota::{self, QuotaError, User};
 
 /// Bytes that may be allocated, shared by all who allocate from it.
@@ -38,6 +39,8 @@ pub struct Room {
     pub budget: Budget,
     /// and charged to this user, if to anybody,
     pub user: Option<User>,
+    /// or to this peer,
+    pub peer: Option<Arc<Account>>,
     /// on these pages or this device,
     pub memory: Memory,
     /// of these.
@@ -62,6 +65,8 @@ enum Held {
 #[derive(Debug)]
 pub struct Charge {
     budget: Budget,
+    /// Whose limit it counts against too.
+    peer: Option<Arc<Account>>,
     bytes: u64,
 }
 
@@ -95,6 +100,9 @@ pub enum AllocateError {
     /// It would exceed what one user may have.
     #[error(transparent)]
     Quota(#[from] QuotaError),
+    /// It would exceed what one peer may have.
+    #[error(transparent)]
+    Peer(#[from] LimitError),
     /// The machine has not that much.
     #[error("the machine has no memory for {wanted} bytes: {source}")]
     Memory {
@@ -149,9 +157,19 @@ impl Budget {
         Room {
             budget: self.clone(),
             user: None,
+            peer: None,
             memory: Memory::Auto,
             devices: Devices::default(),
         }
+    }
+
+    fn charge_to(&self, bytes: u64, peer: Option<&Arc<Account>>) -> Result<Charge, AllocateError> {
+        let mut charge = self.charge(bytes)?;
+        if let Some(peer) = peer {
+            peer.take(bytes)?;
+            charge.peer = Some(Arc::clone(peer));
+        }
+        Ok(charge)
     }
 
     /// Counts memory that is allocated elsewhere.
@@ -168,6 +186,7 @@ impl Budget {
         })
         .map(|_| Charge {
             budget: self.clone(),
+            peer: None,
             bytes,
         })
         .map_err(|used| AllocateError::Full {
@@ -183,7 +202,8 @@ impl Budget {
 impl Charge {
     /// Counts `bytes` instead, if that is more.
     pub fn grow_to(&mut self, bytes: u64) -> Result<(), AllocateError> {
-        let mut more = self.budget.charge(bytes.saturating_sub(self.bytes))?;
+        let more = bytes.saturating_sub(self.bytes);
+        let mut more = self.budget.charge_to(more, self.peer.as_ref())?;
         self.bytes += more.bytes;
         more.bytes = 0;
         Ok(())
@@ -195,6 +215,7 @@ impl Charge {
         self.bytes -= bytes;
         Self {
             budget: self.budget.clone(),
+            peer: self.peer.clone(),
             bytes,
         }
     }
@@ -202,6 +223,9 @@ impl Charge {
 
 impl Drop for Charge {
     fn drop(&mut self) {
+        if let Some(peer) = &self.peer {
+            peer.give_back(self.bytes);
+        }
         self.budget.0.used.fetch_sub(self.bytes, Ordering::Relaxed);
     }
 }
@@ -212,6 +236,9 @@ impl Cost {
         let rest = (len as u64).saturating_sub(self.charge.bytes);
         let used = &self.charge.budget.0.used;
         used.fetch_add(rest, Ordering::Relaxed);
+        if let Some(peer) = &self.charge.peer {
+            peer.take_rest(rest);
+        }
         self.charge.bytes += rest;
     }
 }
@@ -224,6 +251,11 @@ impl Drop for Cost {
 }
 
 impl Room {
+    /// Counts memory that is allocated elsewhere.
+    pub fn charge(&self, bytes: u64) -> Result<Charge, AllocateError> {
+        self.budget.charge_to(bytes, self.peer.as_ref())
+    }
+
     /// Allocates a region of at least `bytes`, all pages present. Blocks while
     /// the kernel clears pages: not for asynchronous code.
     pub fn allocate(&self, bytes: u64) -> Result<Allocation, AllocateError> {
@@ -254,7 +286,7 @@ impl Room {
     fn cost(&self, bytes: u64) -> Result<Cost, AllocateError> {
         let user = self.user.as_ref().map(|user| user.arena(bytes));
         let user = user.transpose()?;
-        let charge = self.budget.charge(bytes)?;
+        let charge = self.charge(bytes)?;
         self.budget.0.regions.fetch_add(1, Ordering::Relaxed);
         Ok(Cost {
             charge,

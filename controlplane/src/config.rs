@@ -19,6 +19,7 @@ use serde::Deserialize;
 use crate::identity::CredentialFiles;
 use crate::metrics;
 use crate::quota::Limits;
+use crate::quota::peer::PeerLimits;
 use crate::rights::{ANYBODY, Access, Rights};
 use crate::security::{DataSecurity, UnknownSecurity};
 use crate::tensor::check_name;
@@ -116,6 +117,18 @@ pub struct AgentArgs {
     /// Most connections of one user, each with one request at a time [default: 64]
     #[arg(long, value_name = "N", env = "GENIE_USER_CONNECTIONS")]
     pub user_connections: Option<u64>,
+    /// Most memory in the store for one peer [default: --store-bytes]
+    #[arg(long, value_name = "BYTES", env = "GENIE_PEER_MEMORY", value_parser = parse_bytes)]
+    pub peer_memory: Option<u64>,
+    /// Most transfers of one peer under way [default: 2048]
+    #[arg(long, value_name = "N", env = "GENIE_PEER_TRANSFERS")]
+    pub peer_transfers: Option<u64>,
+    /// Most requests of one peer in a second [default: 100000]
+    #[arg(long, value_name = "N", env = "GENIE_PEER_RATE")]
+    pub peer_rate: Option<u64>,
+    /// Most sessions of one peer [default: 64]
+    #[arg(long, value_name = "N", env = "GENIE_PEER_SESSIONS")]
+    pub peer_sessions: Option<u64>,
     /// Give a silent peer up after this long [default: 2s]
     #[arg(long, value_name = "TIME", env = "GENIE_LIVENESS", value_parser = parse_duration)]
     pub liveness: Option<Duration>,
@@ -182,6 +195,10 @@ pub struct Config {
     pub arena_bytes: u64,
     /// What one user may have.
     pub user_limits: Limits,
+    /// What one peer may have.
+    pub peer_limits: PeerLimits,
+    /// What peers with limits of their own may have, by name.
+    pub own_limits: BTreeMap<String, PeerLimits>,
     /// After how much silence a peer is given up.
     pub liveness: Duration,
     /// For how long a request may make no progress.
@@ -280,6 +297,11 @@ struct File {
     user_arena_bytes: Option<Number>,
     user_arenas: Option<u64>,
     user_connections: Option<u64>,
+    peer_memory: Option<Number>,
+    peer_transfers: Option<u64>,
+    peer_rate: Option<u64>,
+    peer_sessions: Option<u64>,
+    limits: BTreeMap<String, OwnLimits>,
     liveness: Option<String>,
     stall: Option<String>,
     streams: Option<u16>,
@@ -294,7 +316,7 @@ struct File {
     allow_unauthenticated: bool,
 }
 
-const KEYS: [&str; 28] = [
+const KEYS: [&str; 33] = [
     "name",
     "listen",
     "data",
@@ -311,6 +333,11 @@ const KEYS: [&str; 28] = [
     "user-arena-bytes",
     "user-arenas",
     "user-connections",
+    "peer-memory",
+    "peer-transfers",
+    "peer-rate",
+    "peer-sessions",
+    "limits",
     "liveness",
     "stall",
     "streams",
@@ -324,6 +351,16 @@ const KEYS: [&str; 28] = [
     "metrics",
     "allow-unauthenticated",
 ];
+
+/// Limits of one peer's own; the others count where one is missing.
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "kebab-case", default, deny_unknown_fields)]
+struct OwnLimits {
+    memory: Option<Number>,
+    transfers: Option<u64>,
+    rate: Option<u64>,
+    sessions: Option<u64>,
+}
 
 #[derive(Debug, Deserialize)]
 #[serde(untagged)]
@@ -432,6 +469,35 @@ impl Config {
                 .or(file.user_connections)
                 .unwrap_or(64),
         };
+        let store_bytes = bytes(
+            args.store_bytes,
+            file.store_bytes,
+            "store-bytes",
+            quarter_of_memory(),
+        )?;
+        let peer_limits = PeerLimits {
+            memory: bytes(
+                args.peer_memory,
+                file.peer_memory,
+                "peer-memory",
+                store_bytes,
+            )?,
+            transfers: args.peer_transfers.or(file.peer_transfers).unwrap_or(2048),
+            rate: args.peer_rate.or(file.peer_rate).unwrap_or(100_000),
+            sessions: args.peer_sessions.or(file.peer_sessions).unwrap_or(64),
+        };
+        let own = |(name, own): (String, OwnLimits)| {
+            let limits = PeerLimits {
+                memory: bytes(None, own.memory, "limits", peer_limits.memory)?,
+                transfers: own.transfers.unwrap_or(peer_limits.transfers),
+                rate: own.rate.unwrap_or(peer_limits.rate),
+                sessions: own.sessions.unwrap_or(peer_limits.sessions),
+            };
+            check_node(&name).map_err(value("limits"))?;
+            Ok((name, limits))
+        };
+        let own_limits = file.limits.into_iter().map(own);
+        let own_limits = own_limits.collect::<Result<_, ConfigError>>()?;
         let socket_mode = match (args.socket_mode, file.socket_mode) {
             (Some(mode), _) => mode,
             (None, Some(text)) => parse_mode(&text).map_err(value("socket-mode"))?,
@@ -496,14 +562,11 @@ impl Config {
             dpdk_addresses,
             accelerators,
             peers,
-            store_bytes: bytes(
-                args.store_bytes,
-                file.store_bytes,
-                "store-bytes",
-                quarter_of_memory(),
-            )?,
+            store_bytes,
             arena_bytes,
             user_limits,
+            peer_limits,
+            own_limits,
             liveness: time(args.liveness, file.liveness, "liveness", LIVENESS)?,
             stall: time(args.stall, file.stall, "stall", STALL)?,
             streams: args.streams.or(file.streams).unwrap_or(2),
@@ -615,8 +678,9 @@ impl Config {
     /// The limits in words, for the log.
     pub fn limits(&self) -> String {
         format!(
-            "store {}, arenas {}, of each user {}",
+            "store {}, of each peer {}, arenas {}, of each user {}",
             show_bytes(self.store_bytes),
+            show_bytes(self.peer_limits.memory),
             show_bytes(self.arena_bytes),
             show_bytes(self.user_limits.bytes)
         )
@@ -721,7 +785,7 @@ fn check_variables(variables: impl Iterator<Item = String>) -> Result<(), Config
     let known: BTreeSet<String> = KEYS
         .iter()
         // A table has no place in a variable.
-        .filter(|key| **key != "rights")
+        .filter(|key| !["rights", "limits"].contains(key))
         .map(|key| format!("GENIE_{}", key.to_uppercase().replace('-', "_")))
         .chain(OTHER_VARIABLES.map(str::to_owned))
         .chain(["GENIE_CONFIG".to_owned()])
@@ -885,6 +949,29 @@ mod tests {
         assert!(refusal(&format!("{files}[rights.b]\nputt = ['m']")).contains("putt"));
         let ignored = check_variables(["GENIE_RIGHTS".to_owned()].into_iter());
         assert!(ignored.is_err(), "no variable can hold a table");
+    }
+
+    #[test]
+    fn a_peer_may_have_limits_of_its_own() {
+        let toml = "store-bytes = '1GiB'\npeer-transfers = 10\npeer-rate = 5\n\
+                    [limits.b]\nmemory = '1MiB'\nrate = 7\n";
+        let config = load(args(), toml).unwrap();
+        let expected = PeerLimits {
+            memory: 1 << 30,
+            transfers: 10,
+            rate: 5,
+            sessions: 64,
+        };
+        assert_eq!(config.peer_limits, expected);
+        let expected = PeerLimits {
+            memory: 1 << 20,
+            rate: 7,
+            ..expected
+        };
+        assert_eq!(config.own_limits["b"], expected);
+        assert!(refusal("[limits.b]\nspeed = 1").contains("speed"));
+        assert!(refusal("[limits.'a/b']\nrate = 1").contains("a/b"));
+        assert!(refusal("peer-memory = 'much'").contains("peer-memory"));
     }
 
     #[test]

@@ -477,6 +477,13 @@ mod tests {
                     kind: FailureKind::Quota,
                     message: "too much".into(),
                 },
+                Answer::Failed {
+                    kind: FailureKind::Limited {
+                        limit: genie_client::PeerLimit::Transfers,
+                        figure: 2048,
+                    },
+                    message: "too much".into(),
+                },
             ])
         }
     }

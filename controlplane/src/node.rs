@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use genie_client::Owner;
 use genie_dataplane::endpoint::Lost;
 use genie_dataplane::engine::FailReason;
 use genie_dataplane::memory::accelerator::MemoryKind;
@@ -19,6 +20,7 @@ use crate::identity::Identity;
 use crate::message::{Hello, Instance};
 use crate::metrics::Counters;
 use crate::notifications::Notifications;
+use crate::quota::peer::{Account, PeerLimits, Peers};
 use crate::quota::{self, Quotas};
 use crate::security::DataSecurity;
 use crate::session::route::{Change, Stage};
@@ -56,6 +58,8 @@ pub struct Node {
     pub arenas: Budget,
     /// What each user of this host has.
     pub quotas: Quotas,
+    /// What each peer has.
+    pub peer_quotas: Peers,
     /// Peers that can be dialled.
     pub peers: BTreeMap<String, Peer>,
     /// Where peers reach us.
@@ -117,6 +121,10 @@ pub struct Parts {
     pub arena_bytes: u64,
     /// What one user of this host may have.
     pub user_limits: quota::Limits,
+    /// What one peer may have.
+    pub peer_limits: PeerLimits,
+    /// What peers with limits of their own may have, by name.
+    pub own_limits: BTreeMap<String, PeerLimits>,
     /// Names and addresses of peers.
     pub peers: BTreeMap<String, String>,
     /// Where peers reach us.
@@ -161,6 +169,7 @@ impl Node {
             store: Store::new(parts.store_bytes),
             arenas: Budget::new("arena memory", "--arena-bytes", parts.arena_bytes),
             quotas: Quotas::new(parts.user_limits),
+            peer_quotas: Peers::new(parts.peer_limits, parts.own_limits),
             peers: parts.peers.into_iter().map(peer).collect(),
             listen: parts.listen,
             socket: parts.socket,
@@ -179,12 +188,21 @@ impl Node {
         })
     }
 
-    /// Room in the store, in this kind of memory.
-    pub fn store_room(&self, memory: MemoryKind) -> Room {
+    /// Room in the store for what is to be `owner`'s, in this kind of memory.
+    pub fn store_room(&self, memory: MemoryKind, owner: &Owner) -> Room {
         Room {
             memory: memory.into(),
+            peer: self.account_of(owner),
             devices: self.devices.clone(),
             ..self.store.budget().room()
+        }
+    }
+
+    /// Whose limits count for what `owner` makes in the store.
+    fn account_of(&self, owner: &Owner) -> Option<Arc<Account>> {
+        match owner {
+            Owner::Peer(name) => Some(self.peer_quotas.account(name)),
+            Owner::User(_) => None,
         }
     }
 
@@ -352,6 +370,7 @@ impl Node {
             store: self.store.usage(),
             arenas: self.arenas.usage(),
             users,
+            peer_usage: self.peer_quotas.status(),
             accelerators: self.devices.status(),
         }
     }

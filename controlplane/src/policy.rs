@@ -98,8 +98,11 @@ fn is_passing(error: &TransferError) -> bool {
             | FailReason::Protocol(_)
             | FailReason::Refused(_) => false,
         },
-        // It is about to be restarted, presumably.
-        TransferError::Peer { kind, .. } => *kind == FailureKind::Stopping,
+        // It is about to be restarted, presumably, or has enough of us at the moment.
+        TransferError::Peer { kind, .. } => {
+            *kind == FailureKind::Stopping
+                || matches!(kind, FailureKind::Limited { .. }) && kind.is_retryable()
+        }
         TransferError::Stalled { .. } => true,
         _ => false,
     }

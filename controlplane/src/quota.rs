@@ -1,9 +1,11 @@
-//! What one user of this host may have, and has.
+//! What one user of this host may have, and has; for peers see [`peer`].
 //!
 //! Charged by the application socket before anything is made, given back when
 //! the thing itself is gone: bytes and arenas with the last lease on their
 //! memory, connections with their task. The invariant: *what is charged is
 //! charged to the user whom the kernel named when the connection was made*.
+
+pub mod peer;
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

@@ -34,6 +34,7 @@ use crate::identity::stream::{Reader, Writer};
 use crate::message::{Instance, Message, Request};
 use crate::negotiation::Refusal;
 use crate::node::Node;
+use crate::quota::peer::Share;
 use crate::rights::Right;
 use crate::tensor::LIST_MAX;
 use crate::transfer;
@@ -225,6 +226,8 @@ pub struct Call {
     id: u64,
     inbox: mpsc::Receiver<Message>,
     queued: Arc<AtomicUsize>,
+    /// Its part in the peer's transfers, if it is the peer's request.
+    share: Option<Share>,
     /// Whether the other end must be told when this is dropped.
     cancels: bool,
 }
@@ -392,6 +395,7 @@ impl Session {
             id,
             inbox: incoming,
             queued,
+            share: None,
             cancels,
         };
         (entry, call)
@@ -463,6 +467,8 @@ impl Session {
         };
         let node = Arc::clone(node);
         let task = tokio::spawn(async move {
+            let account = node.peer_quotas.account(&call.session.peer);
+            let allowed = account.request(Instant::now());
             let mut needs = request.needs().into_iter();
             let is_denied = |(right, name): &(Right, &str)| {
                 !node.identity.check(&call.session.peer, *right, name)
@@ -472,9 +478,12 @@ impl Session {
                 let _ = call.send(Message::Denied { id, right, name }).await;
                 return;
             }
-            let result = transfer::serve(&node, &mut call, request).await;
+            let result = match allowed {
+                Ok(()) => transfer::serve(&node, &mut call, request).await,
+                Err(limit) => Err(limit.into()),
+            };
             if let Err(reason) = &result {
-                tracing::info!(peer = %call.session.peer, %reason, "a request failed");
+                tracing::debug!(peer = %call.session.peer, %reason, "a request failed");
             }
             let result = result.map_err(|error| Failure {
                 kind: transfer::kind_of(&error),
@@ -575,6 +584,16 @@ impl Call {
             }),
             message => Ok(message),
         }
+    }
+
+    /// Lets it move tensors as a part of what its peer may move.
+    pub fn share(&mut self, share: Share) {
+        self.share = Some(share);
+    }
+
+    /// Its part in the peer's transfers, for whoever moves its tensors.
+    pub fn take_share(&mut self) -> Option<Share> {
+        self.share.take()
     }
 
     /// Says that nothing more is to come: dropping it cancels nothing.

@@ -34,9 +34,10 @@ pub use kind::kind_of;
 pub use local::{fetch as get_local, keep as put_local, part as part_local};
 pub use serve::serve;
 
-use crate::budget::{AllocateError, Allocation, Budget, Charge, Room};
+use crate::budget::{AllocateError, Allocation, Charge, Room};
 use crate::message::{Message, Outcome, Request, RequestKey};
 use crate::notifications::LongMessage;
+use crate::quota::peer::LimitError;
 use crate::session::route::Stage;
 use crate::session::{Call, Session, SessionError};
 use crate::store::{CommitError, NotFound, Removed, SealError, Using};
@@ -76,6 +77,9 @@ pub enum TransferError {
     /// A notification says too much.
     #[error(transparent)]
     Message(#[from] LongMessage),
+    /// The peer that asks has as much as one peer may have.
+    #[error(transparent)]
+    Limit(#[from] LimitError),
     /// A transfer failed.
     #[error("a tensor did not arrive: {0}")]
     Failed(FailReason),
@@ -353,7 +357,7 @@ async fn receive(
         } => (count, metadata),
         other => return Err(call.unexpected(&other).into()),
     };
-    let (infos, _charge) = recv_list(&mut call, count, metadata.as_ref(), &room.budget).await?;
+    let (infos, _charge) = recv_list(&mut call, count, metadata.as_ref(), room).await?;
     let bytes = check_batch(prefix, &infos, metadata.as_ref())?;
     if expected.is_some_and(|expected| expected != bytes) {
         return Err(TransferError::Peer {
@@ -497,15 +501,15 @@ fn stalled(session: &Session, limit: Duration) -> TransferError {
     }
 }
 
-/// Collects the list of `count` tensors, counting it against `budget` as it comes.
+/// Collects the list of `count` tensors, counting it against `room` as it comes.
 async fn recv_list(
     call: &mut Call,
     count: u64,
     metadata: Option<&Metadata>,
-    budget: &Budget,
+    room: &Room,
 ) -> Result<(Vec<TensorInfo>, Charge), TransferError> {
     let mut limit = ListLimit::new(count, metadata)?;
-    let mut charge = budget.charge(limit.bytes() as u64)?;
+    let mut charge = room.charge(limit.bytes() as u64)?;
     let mut infos = Vec::new();
     while (infos.len() as u64) < count {
         match recv_or_fail(call).await? {
@@ -599,6 +603,7 @@ fn moved(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::budget::Budget;
     use crate::session::{Direction, testing};
     use crate::tensor::Dtype;
     use genie_client::Owner;
@@ -609,7 +614,7 @@ mod tests {
         let mut call = session.call(Request::List { under: None }).await.unwrap();
         let (id, tensors) = (call.id(), infos);
         session.route(id, Message::Tensors { id, tensors }).unwrap();
-        match recv_list(&mut call, count, None, budget).await {
+        match recv_list(&mut call, count, None, &budget.room()).await {
             Ok((infos, charge)) => format!("{} for {charge:?}", infos.len()),
             Err(error) => error.to_string(),
         }

@@ -284,6 +284,11 @@ impl Endpoint {
         }
     }
 
+    /// How many operations it would still take.
+    pub fn free(&self) -> usize {
+        self.shared.permits.available_permits()
+    }
+
     /// Closes a session; what is under way in it fails.
     pub fn close(&self, session: SessionId) {
         lock(&self.shared.sessions).remove(&session);

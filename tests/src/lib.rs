@@ -6,6 +6,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod liar;
 pub mod model;
 pub mod nodes;
 

@@ -10,6 +10,7 @@ use std::time::Duration;
 use genie_controlplane::agent::attend;
 use genie_controlplane::node::{Node, Parts};
 use genie_controlplane::quota::Limits;
+use genie_controlplane::quota::peer::PeerLimits;
 use genie_controlplane::session::establish;
 use genie_controlplane::status::SessionStatus;
 use genie_controlplane::transport::{Local, Transport, Transports};
@@ -205,6 +206,13 @@ async fn start(
             arenas: 1,
             bytes: 1 << 20,
         },
+        peer_limits: PeerLimits {
+            memory: setup.store_bytes,
+            transfers: 2048,
+            rate: 100_000,
+            sessions: 64,
+        },
+        own_limits: BTreeMap::new(),
         peers: peers.into_iter().collect::<BTreeMap<_, _>>(),
         listen,
         socket: "unused".into(),

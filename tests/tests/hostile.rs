@@ -2,48 +2,19 @@
 //! they do, a well-behaved peer is served; afterwards nothing of them is left.
 
 use std::io::{Read, Write};
-use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpStream};
-use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use genie_controlplane::frame::{
-    BODY_MAX, exchange_preamble_blocking, read_blocking, write_blocking,
-};
-use genie_controlplane::message::{Hello, Instance, Message, Request, Resume, Runs};
+use genie_controlplane::message::{Message, Request, Resume, Runs};
 use genie_controlplane::strangers::{STRANGERS_MAX, STRANGERS_PER_ADDRESS};
 use genie_controlplane::tensor::{Dtype, TensorInfo};
-use genie_controlplane::transport::{Local, Offer, Transport};
-use genie_dataplane::tcp::Token;
-use genie_dataplane::tcp::frame::{
-    HEADER_LEN, HELLO_LEN, Header, Hello as DataHello, Kind, Verdict,
-};
-use genie_dataplane::{SessionId, TransferId};
-use genie_tests::model::{self, Tensor};
+use genie_dataplane::TransferId;
+use genie_tests::liar::{Good, Liar, connect_from};
 use genie_tests::{Agent, GENEROUS, eventually};
 use rustix::process::{Resource, getrlimit, setrlimit};
 
 /// More memory than serving one peer takes, and far less than what liars claim.
 const MEMORY_SLACK: u64 = 128 << 20;
-
-fn text(path: &Path) -> &str {
-    path.to_str().expect("temporary paths are UTF-8")
-}
-
-/// A connection from this address of the loopback network: a host of its own.
-fn connect_from(from: [u8; 4], to: SocketAddr) -> rustix::io::Result<TcpStream> {
-    use rustix::net::{AddressFamily, SocketFlags, SocketType, bind, connect, socket_with};
-    // Or agents that are started later would keep it open.
-    let flags = SocketFlags::CLOEXEC;
-    let socket = socket_with(AddressFamily::INET, SocketType::STREAM, flags, None)?;
-    bind(&socket, &SocketAddrV4::new(Ipv4Addr::from(from), 0))?;
-    connect(&socket, &to)?;
-    let stream = TcpStream::from(socket);
-    stream
-        .set_read_timeout(Some(GENEROUS))
-        .expect("not a time-out of zero");
-    Ok(stream)
-}
 
 /// As many descriptors as this process may have at all.
 fn raise_descriptor_limit() {
@@ -59,144 +30,6 @@ fn memory(agent: &Agent) -> u64 {
     let line = status.lines().find(|line| line.starts_with("VmRSS:"));
     let kib = line.and_then(|line| line.split_whitespace().nth(1));
     kib.and_then(|kib| kib.parse::<u64>().ok()).expect("in kB") << 10
-}
-
-/// Puts a tensor to `b` and gets it back.
-struct Good {
-    file: PathBuf,
-    back: PathBuf,
-}
-
-impl Good {
-    fn new(folder: &Path) -> Self {
-        let good = Self {
-            file: folder.join("good.safetensors"),
-            back: folder.join("back.safetensors"),
-        };
-        model::write(&good.file, &[Tensor::bytes("x", 100_000)], &[]);
-        good
-    }
-
-    fn exchange(&self, a: &Agent) {
-        a.json(&["put", text(&self.file), "b:good"]);
-        a.json(&["get", "b:good", text(&self.back)]);
-        assert_eq!(model::read(&self.back), model::read(&self.file));
-    }
-}
-
-/// A session of a peer that says whatever a test makes it say.
-struct Liar {
-    control: TcpStream,
-    _data: TcpStream,
-}
-
-impl Liar {
-    fn connect(b: &Agent) -> Self {
-        let mut control = connect_from([127, 0, 0, 9], b.listen).unwrap();
-        exchange_preamble_blocking(&mut control).unwrap();
-        let hello = Hello {
-            name: "liar".into(),
-            instance: Instance([9; 16]),
-            preference: "tcp".parse().unwrap(),
-            offers: vec![Offer {
-                transport: Transport::Tcp,
-                local: Ok(Local::Tcp {
-                    data: SocketAddr::from(([127, 0, 0, 9], 1)),
-                    streams: 1,
-                }),
-            }],
-            liveness_ms: 60_000,
-            range_bytes: None,
-            data_security: Default::default(),
-        };
-        let (token, ours) = (Token([7; 16]), SessionId(77));
-        write_blocking(&mut control, &Message::Hello(hello)).unwrap();
-        write_blocking(
-            &mut control,
-            &Message::Try {
-                transport: Transport::Tcp,
-                session: ours,
-                token: Some(token),
-                salt: None,
-            },
-        )
-        .unwrap();
-        let mut next = || read_blocking::<Message>(&mut control, BODY_MAX).unwrap();
-        assert!(matches!(next(), Message::Hello(_)));
-        let session = match next() {
-            Message::Trying { session, .. } => session,
-            other => panic!("{other:?}"),
-        };
-        let data = open_data(b.data.unwrap(), session, token);
-        match next() {
-            Message::Opened { result } => result.unwrap(),
-            other => panic!("{other:?}"),
-        }
-        let chosen = Message::Chosen { refused: vec![] };
-        write_blocking(&mut control, &chosen).unwrap();
-        Self {
-            control,
-            _data: data,
-        }
-    }
-
-    fn say(&mut self, message: &Message) {
-        // It may be closed already; what was answered is what counts.
-        let _ = write_blocking(&mut self.control, message);
-    }
-
-    /// What it is told before the session ends, or how its request ended.
-    fn verdict(&mut self) -> String {
-        loop {
-            match read_blocking::<Message>(&mut self.control, BODY_MAX) {
-                Ok(Message::Bye { reason }) => return reason,
-                Ok(Message::Done { result: Ok(_), .. }) => return "done".to_owned(),
-                Ok(Message::Done {
-                    result: Err(failure),
-                    ..
-                }) => return failure.message,
-                Ok(_) => {}
-                Err(error) => panic!("neither an answer nor a goodbye: {error}"),
-            }
-        }
-    }
-}
-
-fn open_data(address: SocketAddr, session: SessionId, token: Token) -> TcpStream {
-    let mut stream = connect_from([127, 0, 0, 9], address).unwrap();
-    let hello = DataHello {
-        session,
-        token,
-        stream: 0,
-        streams: 1,
-        verdict: Verdict::Welcome,
-    };
-    stream.write_all(&hello.encode()).unwrap();
-    let mut answer = [0; HELLO_LEN];
-    stream.read_exact(&mut answer).unwrap();
-    let answer = DataHello::parse(&answer).unwrap();
-    assert_eq!(answer.verdict, Verdict::Welcome);
-    let answering = stream.try_clone().unwrap();
-    std::thread::spawn(move || answer_pings(answering));
-    stream
-}
-
-/// Keeps the path alive until it is closed.
-fn answer_pings(mut stream: TcpStream) -> Option<()> {
-    stream
-        .write_all(&Header::plain(Kind::Ping, 1).encode())
-        .ok()?;
-    let mut header = [0; HEADER_LEN];
-    loop {
-        stream.read_exact(&mut header).ok()?;
-        let header = Header::parse(&header).ok()?;
-        if header.kind == Kind::Ping {
-            let pong = Header::plain(Kind::Pong, header.offset);
-            stream.write_all(&pong.encode()).ok()?;
-        }
-        let mut payload = vec![0; header.payload_len as usize];
-        stream.read_exact(&mut payload).ok()?;
-    }
 }
 
 /// Only the session with the good peer, and no more descriptors than before.
@@ -309,7 +142,7 @@ fn lies_end_the_request_or_the_session_and_nothing_else() {
     let (descriptors, before) = (b.descriptors(), memory(&b));
     let used = b.status()["store"]["used_bytes"].clone();
     for (what, messages, reason) in lies() {
-        let mut liar = Liar::connect(&b);
+        let mut liar = Liar::connect(&b, "liar");
         for message in &messages {
             liar.say(message);
         }
@@ -449,7 +282,7 @@ fn a_flood_of_requests_ends_its_own_session() {
     let good = Good::new(folder.path());
     good.exchange(&a);
     let (descriptors, before) = (b.descriptors(), memory(&b));
-    let mut liar = Liar::connect(&b);
+    let mut liar = Liar::connect(&b, "liar");
     for id in 0..1100 {
         // Their lists never come.
         let request = Request::Put {
@@ -480,7 +313,7 @@ fn a_frame_that_never_ends_is_given_up() {
     let good = Good::new(folder.path());
     good.exchange(&a);
     let descriptors = b.descriptors();
-    let mut liar = Liar::connect(&b);
+    let mut liar = Liar::connect(&b, "liar");
     let began = Instant::now();
     let mut slow = liar.control.try_clone().unwrap();
     let dribble = std::thread::spawn(move || {

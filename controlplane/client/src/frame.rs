@@ -23,7 +23,7 @@ pub const BODY_MAX: usize = 16 << 20;
 pub const HELLO_MAX: usize = 64 << 10;
 
 /// Versions of the control protocol that this build speaks.
-pub const VERSIONS: RangeInclusive<u16> = 1..=1;
+pub const VERSIONS: RangeInclusive<u16> = 2..=2;
 
 const MAGIC: [u8; 4] = *b"GNIE";
 

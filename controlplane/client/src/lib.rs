@@ -44,7 +44,9 @@ pub use batch::{Batch, BatchError, Posted, Remote};
 pub use client::{Canceller, Client, ClientError};
 pub use device::{DeviceArena, DeviceMemory, FetchedOnDevice};
 pub use notification::Listener;
-pub use protocol::{Failure, FailureKind, IpcHandle, Listed, Memory, Moved, Notification, Owner};
+pub use protocol::{
+    Failure, FailureKind, IpcHandle, Listed, Memory, Moved, Notification, Owner, PeerLimit,
+};
 pub use remote::{Part, RemoteTensor, Selection};
 pub use slice::{Run, SliceError, Span};
 pub use status::AgentStatus;

@@ -454,6 +454,46 @@ pub enum FailureKind {
     Busy,
     /// It was not done within the deadline that was set.
     Deadline,
+    /// The peer gives one node no more than this.
+    Limited {
+        /// Of what.
+        limit: PeerLimit,
+        /// How much: bytes, transfers, or requests a second.
+        figure: u64,
+    },
+}
+
+/// What a peer limits for each node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum PeerLimit {
+    /// Bytes in its store (`peer-memory`).
+    Memory,
+    /// Transfers under way (`peer-transfers`).
+    Transfers,
+    /// Requests a second (`peer-rate`).
+    Rate,
+}
+
+impl FailureKind {
+    /// Whether the same request may well succeed a moment later, as after a
+    /// `WouldBlock`.
+    pub fn is_retryable(self) -> bool {
+        match self {
+            Self::Busy | Self::Stopping => true,
+            Self::Limited { limit, .. } => limit != PeerLimit::Memory,
+            _ => false,
+        }
+    }
+}
+
+impl fmt::Display for PeerLimit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Memory => "memory",
+            Self::Transfers => "transfers",
+            Self::Rate => "rate",
+        })
+    }
 }
 
 /// Who put a tensor.

@@ -44,6 +44,9 @@ pub struct AgentStatus {
     /// Users of this host that are connected: all of them for root, else only
     /// whoever asks.
     pub users: Vec<UserStatus>,
+    /// What peers' requests hold here, and may.
+    #[serde(default)]
+    pub peer_usage: Vec<PeerUsage>,
     /// Accelerators that it was started with.
     pub accelerators: Vec<AcceleratorStatus>,
 }
@@ -116,6 +119,38 @@ pub struct UserStatus {
     pub arenas: u64,
     /// Bytes of the arenas.
     pub bytes: u64,
+}
+
+/// What one peer's requests hold.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PeerUsage {
+    /// Its name.
+    pub peer: String,
+    /// Bytes in the store.
+    pub memory_bytes: u64,
+    /// Most of these.
+    pub memory_limit_bytes: u64,
+    /// Transfers under way; a request that moves tensors counts as one at least.
+    pub transfers: u64,
+    /// Most of these.
+    pub transfers_limit: u64,
+    /// Most requests a second.
+    pub rate_limit: u64,
+    /// Most sessions.
+    pub sessions_limit: u64,
+    /// Requests that were refused, by the limit they met.
+    pub refused: PeerRefused,
+}
+
+/// Requests of one peer that met a limit.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PeerRefused {
+    /// Of memory.
+    pub memory: u64,
+    /// Of transfers.
+    pub transfers: u64,
+    /// Of requests a second.
+    pub rate: u64,
 }
 
 /// A picture of one transport.

@@ -143,6 +143,23 @@ pub(super) fn status(status: &AgentStatus) -> String {
             usage(status.arenas.used_bytes, status.arenas.limit_bytes)
         ),
     );
+    for one in &status.peer_usage {
+        let refused = one.refused;
+        line(
+            &mut text,
+            &format!(
+                "  peer {}: {} in the store, {} of {} transfers; refused for memory {}, \
+                 transfers {}, rate {}",
+                one.peer,
+                usage(one.memory_bytes, one.memory_limit_bytes),
+                one.transfers,
+                one.transfers_limit,
+                refused.memory,
+                refused.transfers,
+                refused.rate
+            ),
+        );
+    }
     line(
         &mut text,
         &format!("transports (allowed: {})", status.preference),

@@ -9,12 +9,13 @@ use std::fmt::Write;
 use genie_dataplane::engine::Snapshot;
 
 use super::counters::{Moved, Traffic};
-use crate::status::{AgentStatus, TransportStatus};
+use crate::status::{AgentStatus, PeerUsage, TransportStatus};
 
 /// Writes everything that there is to know of an agent.
 pub fn exposition(status: &AgentStatus, moved: &[(Traffic, Moved)]) -> String {
     let mut page = Page::default();
     agent(&mut page, status);
+    peers(&mut page, &status.peer_usage);
     traffic(&mut page, moved);
     engines(&mut page, &status.transports);
     ports(&mut page, &status.transports);
@@ -89,6 +90,50 @@ fn agent(page: &mut Page, status: &AgentStatus) {
             &[("uid", &uid)],
             user.bytes as f64,
         );
+    }
+}
+
+/// What peers' requests hold of this node, and what they were refused.
+fn peers(page: &mut Page, peers: &[PeerUsage]) {
+    let mut gauge = |name: &str, help: &str, value: &dyn Fn(&PeerUsage) -> u64| {
+        page.gauge(name, help);
+        for one in peers {
+            page.sample(name, &[("peer", &one.peer)], value(one) as f64);
+        }
+    };
+    gauge(
+        "genie_peer_memory_used_bytes",
+        "Bytes in the store that a peer's requests made.",
+        &|one| one.memory_bytes,
+    );
+    gauge(
+        "genie_peer_memory_limit_bytes",
+        "Bytes in the store that a peer's requests may make.",
+        &|one| one.memory_limit_bytes,
+    );
+    gauge(
+        "genie_peer_transfers",
+        "Transfers under way of a peer's requests.",
+        &|one| one.transfers,
+    );
+    gauge(
+        "genie_peer_transfers_limit",
+        "Transfers that a peer's requests may have under way.",
+        &|one| one.transfers_limit,
+    );
+    page.counter(
+        "genie_peer_refused_total",
+        "Requests of a peer refused because they met a limit, by which one.",
+    );
+    for one in peers {
+        for (limit, refused) in [
+            ("memory", one.refused.memory),
+            ("transfers", one.refused.transfers),
+            ("rate", one.refused.rate),
+        ] {
+            let labels = [("peer", &one.peer[..]), ("limit", limit)];
+            page.sample("genie_peer_refused_total", &labels, refused as f64);
+        }
     }
 }
 

@@ -25,9 +25,6 @@ const FIRST: u32 = 1;
 /// two at most and each transport that is tried six; the rest is to spare.
 const PATIENCE: u32 = 20;
 
-/// Sessions that one peer may have dialled: agents need one each way.
-const PEER_SESSIONS_MAX: usize = 64;
-
 /// Talks on a connection that has no session yet.
 struct Talk<'a> {
     node: &'a Arc<Node>,
@@ -198,6 +195,7 @@ impl Talk<'_> {
     /// Whether the peer that introduced itself so may open a session.
     async fn admit(&mut self, current: &Current, name: &str) -> Result<(), SessionError> {
         let ours = &self.node.name;
+        let limits = self.node.peer_quotas.limits(name);
         let reason = if let (Some(credentials), Some(chain)) =
             (&current.credentials, self.stream.chain())
             && credentials.verify(&chain, name).is_err()
@@ -208,8 +206,12 @@ impl Talk<'_> {
             )
         } else if !current.access.admits(name) {
             format!("node '{ours}' does not allow '{name}': it takes --allow {name} there")
-        } else if self.node.sessions_of(name) >= PEER_SESSIONS_MAX {
-            format!("'{name}' has {PEER_SESSIONS_MAX} sessions with node '{ours}' already")
+        } else if self.node.sessions_of(name) as u64 >= limits.sessions {
+            let most = limits.sessions;
+            format!(
+                "'{name}' has {most} sessions with node '{ours}' already: close some, or start \
+                 the agent there with a larger --peer-sessions"
+            )
         } else {
             return Ok(());
         };

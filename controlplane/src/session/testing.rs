@@ -27,6 +27,13 @@ pub(crate) fn node() -> Arc<Node> {
             arenas: 1,
             bytes: 1 << 20,
         },
+        peer_limits: crate::quota::peer::PeerLimits {
+            memory: 1 << 20,
+            transfers: 64,
+            rate: 1000,
+            sessions: 1,
+        },
+        own_limits: Default::default(),
         peers: Default::default(),
         listen: LOCAL.into(),
         socket: "unused".into(),

@@ -23,6 +23,10 @@ pub fn kind_of(error: &TransferError) -> FailureKind {
         TransferError::Deadline(_) => FailureKind::Deadline,
         TransferError::Commit(_) | TransferError::Seal(SealError::Commit(_)) => FailureKind::Taken,
         TransferError::Tensor(_) | TransferError::Slice(_) => FailureKind::Invalid,
+        TransferError::Limit(error) | TransferError::Allocate(AllocateError::Peer(error)) => {
+            let (limit, figure) = error.limit();
+            FailureKind::Limited { limit, figure }
+        }
         TransferError::Allocate(AllocateError::Quota(_)) => FailureKind::Quota,
         TransferError::Allocate(AllocateError::Import(_)) => FailureKind::Descriptor,
         TransferError::Allocate(AllocateError::Device(DeviceError::Failed(
@@ -52,7 +56,8 @@ fn of_peer(kind: FailureKind) -> FailureKind {
         | FailureKind::Corrupt
         | FailureKind::Accelerator
         | FailureKind::Removed
-        | FailureKind::Busy => kind,
+        | FailureKind::Busy
+        | FailureKind::Limited { .. } => kind,
         FailureKind::Quota
         | FailureKind::Descriptor
         | FailureKind::Peer

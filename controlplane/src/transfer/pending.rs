@@ -6,6 +6,7 @@ use std::ops::{Deref, DerefMut};
 use genie_dataplane::stage::Moving;
 
 use super::Progress;
+use crate::quota::peer::Share;
 
 /// Transfers of a batch, each with its tensor's place in that. Dropping it cancels them, and keeps what their
 /// [`Progress`] holds until the engine has let go of the last one.
@@ -13,13 +14,40 @@ use super::Progress;
 pub(super) struct Pending {
     moving: VecDeque<(usize, Moving)>,
     progress: Progress,
+    /// What the peer that asked may move of it.
+    share: Option<Share>,
 }
 
 impl Pending {
-    pub(super) fn new(progress: &Progress) -> Self {
+    pub(super) fn new(progress: &Progress, share: Option<Share>) -> Self {
         Self {
             moving: VecDeque::new(),
             progress: progress.clone(),
+            share,
+        }
+    }
+
+    /// Whether one more may begin, where the endpoint takes so many `free` ones
+    /// of anybody: the first one always, and never all of them.
+    pub(super) fn may_add(&self, free: usize) -> bool {
+        let shared = |share: &Share| share.may_add(free);
+        self.moving.is_empty() || self.moving.len() < free && self.share.as_ref().is_none_or(shared)
+    }
+
+    pub(super) fn push_back(&mut self, one: (usize, Moving)) {
+        self.moving.push_back(one);
+        self.count();
+    }
+
+    pub(super) fn pop_front(&mut self) -> Option<(usize, Moving)> {
+        let first = self.moving.pop_front();
+        self.count();
+        first
+    }
+
+    fn count(&mut self) {
+        if let Some(share) = &mut self.share {
+            share.set(self.moving.len());
         }
     }
 }
@@ -43,7 +71,7 @@ impl Drop for Pending {
         if self.moving.is_empty() {
             return;
         }
-        let moving = std::mem::take(&mut self.moving);
+        let (moving, share) = (std::mem::take(&mut self.moving), self.share.take());
         let landing = self.progress.landing();
         moving.iter().for_each(|(_, transfer)| transfer.cancel());
         // Without a runtime the agent is ending, and the engine with it.
@@ -54,7 +82,7 @@ impl Drop for Pending {
             for (_, transfer) in moving {
                 transfer.end().await;
             }
-            drop(landing);
+            drop((landing, share));
         });
     }
 }

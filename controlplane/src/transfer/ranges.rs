@@ -10,6 +10,7 @@ use std::time::Instant;
 use genie_client::protocol::{Direction, Note};
 use genie_client::slice::{self, Run, SliceError};
 use genie_client::{Moved, Owner};
+use genie_dataplane::memory::accelerator::MemoryKind;
 use genie_dataplane::stage::Place;
 
 use super::batch::{Tally, receive_all, send_all};
@@ -60,7 +61,8 @@ fn resolve(
     actor: &Owner,
 ) -> Result<Resolved, TransferError> {
     let pieces = check(runs, None)?;
-    let charge = node.store.budget().charge(pieces * PIECE_BYTES)?;
+    let room = node.store_room(MemoryKind::Host, actor);
+    let charge = room.charge(pieces * PIECE_BYTES)?;
     let find = |name: &String| match direction {
         Direction::Read => node.store.readable(name, actor),
         Direction::Write => node.store.window(name, actor),

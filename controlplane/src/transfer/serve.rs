@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use genie_client::Owner;
 use genie_client::slice::Run;
+use genie_dataplane::memory::accelerator::MemoryKind;
 use genie_dataplane::stage::Place;
 
 use super::batch::{receive_all, send_all, send_list};
@@ -36,6 +37,10 @@ pub async fn serve(
         | Request::Seal { .. }
         | Request::Notify { .. } => None,
     };
+    if direction.is_some() {
+        let account = node.peer_quotas.account(&call.session().peer);
+        call.share(account.share()?);
+    }
     let outcome = answer(node, call, request).await?;
     if let Some(direction) = direction {
         node.counters.served(call.session(), direction, &outcome);
@@ -57,7 +62,7 @@ async fn answer(
             memory,
             key,
         } => {
-            let room = node.store_room(memory);
+            let room = node.store_room(memory, &peer);
             let put = Put {
                 prefix: &prefix,
                 count,
@@ -141,8 +146,7 @@ async fn serve_put(
         metadata,
         key,
     } = put;
-    let budget = node.store.budget();
-    let (infos, mut charge) = recv_list(call, count, metadata.as_ref(), budget).await?;
+    let (infos, mut charge) = recv_list(call, count, metadata.as_ref(), room).await?;
     let bytes = check_batch(prefix, &infos, metadata.as_ref())?;
     node.store.check(prefix, &infos, peer)?;
     charge.grow_to(description_bytes(prefix, &infos, metadata.as_ref(), peer))?;
@@ -179,7 +183,7 @@ async fn serve_fetch(
     peer: &Owner,
 ) -> Result<Outcome, TransferError> {
     let from = node.store.tensor(name, peer)?.lease;
-    let room = node.store.budget().room();
+    let room = node.store_room(MemoryKind::Host, peer);
     let cut = tokio::task::spawn_blocking(move || part::cut(&from, &runs, &room)).await;
     let pieces = cut.map_err(|_| TransferError::Stopping)??;
     let mut outcome = send(call, &pieces.infos, pieces.leases, None).await?;

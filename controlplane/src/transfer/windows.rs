@@ -26,8 +26,9 @@ pub async fn make(
 ) -> Result<(), TransferError> {
     check_name(name)?;
     node.store.check_window(name, owner)?;
-    let charge = node.store.budget().charge(window_bytes(name))?;
-    let allocation = allocate(&node.store_room(memory), bytes).await?;
+    let room = node.store_room(memory, owner);
+    let charge = room.charge(window_bytes(name))?;
+    let allocation = allocate(&room, bytes).await?;
     Ok(node
         .store
         .make_window(name, allocation, bytes, owner, charge)?)
@@ -45,7 +46,8 @@ pub async fn seal(
     let until = Instant::now() + SEAL_LIMIT;
     loop {
         let described = description_bytes(name, &infos, None, owner);
-        let charge = node.store.budget().charge(described)?;
+        let room = node.store_room(MemoryKind::Host, owner);
+        let charge = room.charge(described)?;
         match node.store.seal(name, tensors, owner, charge) {
             Err(SealError::Busy { .. }) if Instant::now() < until => {
                 sleep(Duration::from_millis(1)).await;

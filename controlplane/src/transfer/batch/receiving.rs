@@ -76,12 +76,12 @@ pub(in crate::transfer) async fn receive_all(
         patience: Patience::new(call.session(), &leases),
         track: Track::new(call.session()),
         tensors: leases.iter().map(|_| State::Waiting).collect(),
+        pending: Pending::new(progress, call.take_share()),
         call,
         progress,
         leases,
         done: 0,
         next: 0,
-        pending: Pending::new(progress),
         unconfirmed: HashMap::new(),
         low_water: usize::MAX,
         early: None,
@@ -223,6 +223,9 @@ impl Receiving<'_> {
         }
         let mut transfers = Vec::new();
         while transfers.len() < GRANTS && self.has_waiting() {
+            if !self.pending.may_add(self.track.path.endpoint.free()) {
+                break;
+            }
             let lease = self.leases[self.next].clone();
             let path = &self.track.path;
             match lease.try_receive(&path.endpoint, path.session) {

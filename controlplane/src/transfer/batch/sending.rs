@@ -85,13 +85,13 @@ pub(in crate::transfer) async fn send_all(
         patience: Patience::new(call.session(), &leases),
         track: Track::new(call.session()),
         tensors: leases.iter().map(|_| State::Waiting).collect(),
+        pending: Pending::new(progress, call.take_share()),
         call,
         progress,
         leases,
         done: 0,
         granted: 0,
         ready: VecDeque::new(),
-        pending: Pending::new(progress),
         resumed: HashSet::new(),
         ahead: VecDeque::new(),
         early: None,
@@ -243,7 +243,7 @@ impl Sending<'_> {
                 let grant = &ready[0];
                 let lease = leases[grant.index].clone();
                 lease.send(&path.endpoint, path.session, grant.transfer).await
-            }, if !ready.is_empty() => {
+            }, if !ready.is_empty() && pending.may_add(path.endpoint.free()) => {
                 let grant = self.ready.pop_front().expect("it was just begun");
                 match begun {
                     Ok(transfer) => {
