@@ -124,3 +124,20 @@ fn bytes_are_exact_over_tcp_through_the_same() {
     };
     assert_exact(&report);
 }
+
+#[test]
+fn without_an_emulator_two_hosts_are_joined_directly() {
+    let Some(report) = measure("tcp", "none") else {
+        return;
+    };
+    assert_eq!(report["wire"], Value::Null, "{report}");
+    let rows = report["rows"].as_array().unwrap();
+    assert_eq!(rows.len(), 6, "three sizes, two congestion controls");
+    for row in rows {
+        assert_eq!(
+            (&row["verified"], &row["error"]),
+            (&true.into(), &Value::Null),
+            "{row}"
+        );
+    }
+}

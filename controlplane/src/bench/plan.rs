@@ -148,7 +148,7 @@ pub struct Place {
     /// A peer of the agent that runs here, through which programs' requests go
     #[arg(long, value_name = "NAME")]
     pub node: Option<String>,
-    /// Two hosts with a bad wire between them, made here (root; see scripts/netns)
+    /// Two hosts with a bad wire, or `none`, between them, made here (root; see scripts/netns)
     #[arg(long, value_name = "PROFILE")]
     pub lab: Option<String>,
 }
