@@ -9,6 +9,7 @@
 pub mod liar;
 pub mod model;
 pub mod nodes;
+pub mod relay;
 
 use std::io::{BufRead, BufReader, Read};
 use std::net::SocketAddr;

@@ -1,5 +1,5 @@
-//! Two agents in this process, joined by loopback TCP and by a pair of devices
-//! in memory whose cable can be pulled.
+//! Two agents in this process, joined by loopback TCP through a relay, by a pair
+//! of devices in memory whose cable can be pulled, and by memory they pass.
 
 use std::collections::BTreeMap;
 use std::convert::Infallible;
@@ -19,9 +19,11 @@ use genie_dataplane::device::{AttachError, Attachment, Capabilities, Counters, D
 use genie_dataplane::engine::udp;
 use genie_dataplane::ledger::Copies;
 use genie_dataplane::memory::{Lease, View};
-use genie_dataplane::tcp;
+use genie_dataplane::{shm, tcp};
 use tokio::net::TcpListener;
 use tokio::runtime::Runtime;
+
+use crate::relay::Relay;
 
 /// The cable between the two devices; both ends see it alike.
 #[derive(Debug, Default)]
@@ -42,6 +44,8 @@ pub struct Nodes {
     pub b: Arc<Node>,
     /// Between their devices.
     pub cable: Arc<Cable>,
+    /// Before the data port of `b`.
+    pub relay: Relay,
     /// Runs both.
     pub runtime: Runtime,
 }
@@ -57,6 +61,8 @@ pub struct Setup {
     pub stall: Duration,
     /// Limit of each store.
     pub store_bytes: u64,
+    /// Whether they may pass each other memory, too.
+    pub shm: bool,
 }
 
 impl Default for Setup {
@@ -66,6 +72,7 @@ impl Default for Setup {
             liveness: Duration::from_secs(1),
             stall: Duration::from_secs(30),
             store_bytes: 2 << 30,
+            shm: false,
         }
     }
 }
@@ -129,12 +136,13 @@ impl Nodes {
             .expect("a runtime starts");
         let cable = Arc::<Cable>::default();
         let (one, other) = pair(&Options::default());
-        let (b, listen) = runtime.block_on(start("b", other, &cable, setup, None));
-        let (a, _) = runtime.block_on(start("a", one, &cable, setup, Some(("b", listen))));
+        let (b, listen, relay) = runtime.block_on(start("b", other, &cable, setup, None));
+        let (a, ..) = runtime.block_on(start("a", one, &cable, setup, Some(("b", listen))));
         Self {
             a,
             b,
             cable,
+            relay,
             runtime,
         }
     }
@@ -163,7 +171,7 @@ async fn start(
     cable: &Arc<Cable>,
     setup: &Setup,
     peer: Option<(&str, std::net::SocketAddr)>,
-) -> (Arc<Node>, std::net::SocketAddr) {
+) -> (Arc<Node>, std::net::SocketAddr, Relay) {
     let any = ([127, 0, 0, 1], 0).into();
     let plugged = Plugged {
         inner: device,
@@ -177,6 +185,15 @@ async fn start(
         udp::spawn(config, move || Ok::<_, Infallible>(plugged)).expect("an engine starts");
     let mut transports = Transports::default();
     let mut attended = vec![transports.add(Transport::Dpdk, Local::Dpdk(local), udp)];
+    if setup.shm {
+        let config = shm::Config {
+            liveness: setup.liveness,
+            open_limit: setup.liveness,
+            progress_limit: setup.stall,
+        };
+        let (shm, local) = shm::spawn(config).expect("an engine starts");
+        attended.push(transports.add(Transport::Shm, Local::Shm(local), shm));
+    }
     let config = tcp::Config {
         liveness: setup.liveness,
         open_limit: setup.liveness,
@@ -187,6 +204,8 @@ async fn start(
     };
     let streams = config.streams;
     let (tcp, data) = tcp::spawn(config).expect("an engine starts");
+    let relay = Relay::toward(data);
+    let data = relay.address();
     let local = Local::Tcp { data, streams };
     attended.push(transports.add(Transport::Tcp, local, tcp));
     let listener = TcpListener::bind(any).await.expect("loopback is there");
@@ -231,7 +250,7 @@ async fn start(
             tokio::spawn(async move { establish::accept(&node, stream).await.map(drop) });
         }
     });
-    (node, listen)
+    (node, listen, relay)
 }
 
 /// A device with the cable in it.

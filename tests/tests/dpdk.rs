@@ -4,11 +4,12 @@
 //! `GENIE_REQUIRE_DPDK=1` turns that into a failure.
 
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use genie_tests::model::{self, Tensor};
 use genie_tests::{Agent, GENEROUS, eventually};
-use rustix::process::Signal;
+use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, Signal};
 use serde_json::{Value, json};
 
 fn text(path: &Path) -> &str {
@@ -152,6 +153,122 @@ fn a_stopped_peer_on_a_device_is_an_error_in_time() {
         a.json(&["put", text(&small), "b:small"])["reasons"],
         json!([])
     );
+}
+
+/// Closes the connection over which vhost serves virtio_user, under both
+/// processes: what remains of each device is a port without a peer.
+fn part(agents: [&Agent; 2], folder: &Path) {
+    let sockets = std::fs::read_to_string("/proc/net/unix").unwrap();
+    let of_pair = sockets.lines().filter(|line| {
+        // Num RefCount Protocol Flags Type St Inode Path; 03 is connected.
+        let mut words = line.split_whitespace().skip(5);
+        words.next() == Some("03") && line.contains(text(folder)) && line.contains("pair")
+    });
+    let inodes: Vec<&str> = of_pair
+        .filter_map(|line| line.split_whitespace().nth(6))
+        .collect();
+    let mut parted = 0;
+    for agent in agents {
+        let descriptors = std::fs::read_dir(format!("/proc/{}/fd", agent.pid())).unwrap();
+        for descriptor in descriptors.flatten() {
+            let Ok(target) = std::fs::read_link(descriptor.path()) else {
+                continue;
+            };
+            let target = target.to_string_lossy();
+            if !(inodes.iter()).any(|inode| target == format!("socket:[{inode}]")) {
+                continue;
+            }
+            let number = descriptor.file_name().to_string_lossy().parse().unwrap();
+            let pid = Pid::from_raw(agent.pid() as i32).unwrap();
+            let process = rustix::process::pidfd_open(pid, PidfdFlags::empty()).unwrap();
+            let socket =
+                rustix::process::pidfd_getfd(&process, number, PidfdGetfdFlags::empty()).unwrap();
+            rustix::net::shutdown(&socket, rustix::net::Shutdown::Both).unwrap();
+            parted += 1;
+        }
+    }
+    assert!(parted > 0, "no such connection among\n{sockets}");
+}
+
+/// Puts the same model again and again; returns what each put said.
+fn keep_putting(a: &Agent, file: &Path, until: impl Fn() -> bool) -> Vec<Value> {
+    let mut moved = Vec::new();
+    while !until() {
+        let name = format!("b:put{}", moved.len());
+        moved.push(a.json(&["put", text(file), &name]));
+        let removed = a.genie(&["rm", &name]);
+        assert!(removed.status.success(), "{removed:?}");
+    }
+    moved
+}
+
+/// Device, TCP, device under load: `GENIE_FAILOVER_SECONDS=60` goes on for so
+/// long, `--nocapture` shows the gap of each change.
+#[test]
+fn puts_go_over_tcp_while_vhost_is_closed_and_return_to_the_device() {
+    let folder = tempfile::tempdir().unwrap();
+    let Some((a, b)) = pair(folder.path(), "--transport=dpdk,tcp") else {
+        return;
+    };
+    let (file, socket) = (
+        folder.path().join("model.safetensors"),
+        folder.path().join("pair"),
+    );
+    let tensors: Vec<Tensor> = (0..8)
+        .map(|i| Tensor::bytes(&format!("t.{i}"), (8 << 20) + i))
+        .collect();
+    model::write(&file, &tensors, &[]);
+    let path = || a.status()["sessions"][0]["path"].to_string();
+    let over = |wanted: &str| eventually(wanted, || path().contains(wanted).then_some(()));
+    let first = a.json(&["put", text(&file), "b:first"]);
+    assert!(path().contains("dpdk"), "{}", path());
+    let seconds = std::env::var("GENIE_FAILOVER_SECONDS");
+    let seconds = seconds.map_or(0, |text| text.parse().expect("a number of seconds"));
+    let (begun, limit) = (Instant::now(), Duration::from_secs(seconds));
+    let ended = AtomicBool::new(false);
+    let moved = std::thread::scope(|scope| {
+        let load = scope.spawn(|| keep_putting(&a, &file, || ended.load(Ordering::Relaxed)));
+        std::thread::sleep(Duration::from_millis(500));
+        // Closed, but at once open again: nothing may come of it.
+        part([&a, &b], folder.path());
+        std::thread::sleep(Duration::from_secs(2));
+        let changes = a.status()["sessions"][0]["path_changes"].clone();
+        assert_eq!(changes, json!(0));
+        loop {
+            // Nobody finds the socket: it stays closed.
+            let away = folder.path().join("away");
+            std::fs::rename(&socket, &away).unwrap();
+            part([&a, &b], folder.path());
+            over("tcp");
+            std::thread::sleep(Duration::from_secs(1));
+            std::fs::rename(&away, &socket).unwrap();
+            over("dpdk");
+            std::thread::sleep(Duration::from_secs(1));
+            if begun.elapsed() > limit {
+                break;
+            }
+        }
+        ended.store(true, Ordering::Relaxed);
+        load.join().unwrap()
+    });
+    for one in &moved {
+        assert_eq!(one["digest"], first["digest"], "{one}");
+    }
+    let paths = moved.iter().filter(|one| one["path"] == "tcp").count();
+    assert!(
+        0 < paths && paths < moved.len(),
+        "{paths} of {}",
+        moved.len()
+    );
+    let changes = a.status()["sessions"][0]["changes"].clone();
+    println!("{} puts of 64 MiB", moved.len());
+    for change in changes.as_array().unwrap() {
+        let [from, to, reason] = ["from", "to", "reason"].map(|key| change[key].as_str());
+        println!("{from:?} -> {to:?}: {} ms: {reason:?}", change["gap_ms"]);
+    }
+    assert!(changes.as_array().unwrap().len() >= 2, "{changes}");
+    let reason = changes[0]["reason"].as_str().unwrap();
+    assert!(reason.contains("path was lost"), "{reason}");
 }
 
 #[test]

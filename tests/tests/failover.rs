@@ -1,6 +1,6 @@
 //! Sessions that lose their path, and go on over another one.
 //!
-//! Two agents in this process, over devices in memory and loopback TCP.
+//! Two agents in this process, over devices in memory, loopback TCP and shm.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -10,6 +10,7 @@ use genie_controlplane::node::Node;
 use genie_controlplane::status::SessionStatus;
 use genie_controlplane::tensor::{Dtype, TensorInfo};
 use genie_controlplane::transfer::{self, Progress, Source, TransferError};
+use genie_controlplane::transport::Transport;
 use genie_dataplane::memory::{Backing, Lease, Region, View};
 use genie_tests::eventually;
 use genie_tests::nodes::{Nodes, Setup};
@@ -236,6 +237,86 @@ fn a_device_that_gives_nothing_back_is_left_for_tcp() {
     });
     assert_eq!(moved.expect("it goes on").path, "tcp");
     assert_eq!(stored(b, "m/x"), crc(&source));
+}
+
+#[test]
+fn a_put_that_loses_one_of_its_connections_goes_on_over_new_ones() {
+    let nodes = Nodes::start(&Setup {
+        preference: "tcp",
+        ..Setup::default()
+    });
+    let len = 192 * MIB + 5;
+    let source = source("x", len, 9);
+    nodes.runtime.block_on(nodes.a.session("b")).unwrap();
+    nodes.relay.cut_one_after(len as u64 / 2);
+    let moved = nodes
+        .runtime
+        .block_on(put(&nodes.a, "big", vec![source.clone()]));
+    let moved = moved.expect("it goes on");
+    assert_eq!(moved.path, "tcp");
+    assert_eq!(stored(&nodes.b, "big/x"), crc(&source));
+    // Only what was missing was sent again: less than a quarter is half-read
+    // chunks, and what was in the buffers of the lost connections.
+    let kernel = moved.received_copies.kernel;
+    assert!(kernel < len as u64 * 5 / 4, "{kernel} of {len}");
+    for node in [&nodes.a, &nodes.b] {
+        let status = session(node);
+        assert_eq!((status.path.as_str(), status.path_changes), ("tcp", 1));
+        let change = &status.changes[0];
+        assert_eq!((change.from.as_str(), change.to.as_str()), ("tcp", "tcp"));
+        assert!(change.reason.contains("connection"), "{change:?}");
+    }
+}
+
+/// Puts 256 MiB over shm and stops the engine of `b` after `delay`. Says
+/// whether that was in the middle.
+fn put_and_stop_shm(sources: &[Source], delay: Duration) -> bool {
+    let nodes = Nodes::start(&Setup {
+        preference: "shm,tcp",
+        shm: true,
+        ..Setup::default()
+    });
+    nodes.runtime.block_on(nodes.a.session("b")).unwrap();
+    assert_eq!(session(&nodes.a).path, "shm");
+    let moved = std::thread::scope(|scope| {
+        let stopped = scope.spawn(|| {
+            std::thread::sleep(delay);
+            let shm = nodes.b.transports.engine(Transport::Shm);
+            shm.expect("it was started").endpoint.stop();
+        });
+        let put = put(&nodes.a, "many", sources.to_vec());
+        let moved = nodes.runtime.block_on(put);
+        stopped.join().unwrap();
+        moved.expect("it goes on")
+    });
+    for source in sources {
+        let name = format!("many/{}", source.info.name);
+        assert_eq!(stored(&nodes.b, &name), crc(source), "{name}");
+    }
+    // Over shm the sending end copies nothing.
+    let [sent, received] = [&moved.sent_copies, &moved.received_copies].map(|one| one.kernel);
+    if sent == 0 || sent >= moved.bytes {
+        return false;
+    }
+    assert_eq!(moved.path, "tcp");
+    assert!(received < moved.bytes * 5 / 4, "{moved:?}");
+    let status = session(&nodes.a);
+    assert_eq!((status.path.as_str(), status.path_changes), ("tcp", 1));
+    assert!(status.reasons[0].starts_with("shm: lost: "), "{status:?}");
+    true
+}
+
+#[test]
+fn a_put_whose_shm_path_dies_goes_on_over_tcp() {
+    let sources: Vec<Source> = (0..32)
+        .map(|index| source(&index.to_string(), 8 * MIB + 3, index))
+        .collect();
+    // How long it takes depends on the machine.
+    let mut delays = (0..40).map(|step| Duration::from_millis(4 + 8 * step));
+    assert!(
+        delays.any(|delay| put_and_stop_shm(&sources, delay)),
+        "it was never stopped in the middle"
+    );
 }
 
 /// Device, TCP, device, again and again under load. Each change's gap is

@@ -14,6 +14,9 @@ const FILLER: u64 = 240 << 20;
 /// A link that is down for longer than anybody waits.
 const LINK_DOWN: Duration = Duration::from_secs(5);
 
+/// A network device that is gone and comes back.
+const DEVICE_GONE: Duration = Duration::from_millis(500);
+
 /// How much longer than anybody waits an agent is stopped.
 const LATER: Duration = Duration::from_secs(1);
 
@@ -34,12 +37,17 @@ pub(crate) enum End {
 pub(crate) enum Fault {
     /// `kill -9`, and a restart.
     Kill(End),
+    /// It is told to end, and started again. Over virtio_user and vhost the
+    /// far one closes the vhost side.
+    Close(End),
     /// SIGSTOP, for longer than anybody waits.
     Stop(End),
     /// SIGSTOP for a moment that nobody may mind.
     Pause(End),
     /// The link loses everything.
     BlackOut(Duration),
+    /// The network device is removed, at both ends; later there is another one.
+    RemoveDevice,
     /// The receiver's store has little room, for a moment.
     FullStore,
     /// An agent may open no more descriptors.
@@ -61,15 +69,17 @@ impl Fault {
     /// One that can befall this kind of path.
     pub(crate) fn pick(kind: Kind, random: &mut Rng) -> Self {
         let end = if random.bool() { End::Near } else { End::Far };
-        match random.u32(0..if kind == Kind::Tcp { 15 } else { 13 }) {
+        match random.u32(0..if kind == Kind::Tcp { 18 } else { 15 }) {
             0..4 => Self::Kill(end),
-            4..6 => Self::Stop(end),
-            6..8 => Self::Pause(end),
-            8..10 => Self::FullStore,
-            10..12 => Self::NoDescriptors(end),
-            12 => Self::Cancel,
+            4..6 => Self::Close(end),
+            6..8 => Self::Stop(end),
+            8..10 => Self::Pause(end),
+            10..12 => Self::FullStore,
+            12..14 => Self::NoDescriptors(end),
+            14 => Self::Cancel,
+            15 => Self::RemoveDevice,
             // A second is within the limit, ten are not.
-            13 => Self::BlackOut(Duration::from_secs(1)),
+            16 => Self::BlackOut(Duration::from_secs(1)),
             _ => Self::BlackOut(if random.u32(0..4) == 0 {
                 Duration::from_secs(10)
             } else {
@@ -86,6 +96,14 @@ impl Fault {
         }
     }
 
+    /// The agent that is gone afterwards.
+    pub(crate) fn ended(self) -> Option<End> {
+        match self {
+            Self::Kill(end) | Self::Close(end) => Some(end),
+            _ => None,
+        }
+    }
+
     /// What has to be there before the request is made.
     pub(crate) fn prepare(self, world: &World) {
         if self == Self::FullStore {
@@ -98,9 +116,11 @@ impl Fault {
         let index = |end: End| usize::from(end == End::Far);
         match self {
             Self::Kill(end) => world.hosts()[index(end)].kill(),
+            Self::Close(end) => world.hosts()[index(end)].close(),
             Self::Stop(end) => stop(world, index(end), world.kind.liveness() + LATER),
             Self::Pause(end) => stop(world, index(end), MOMENT),
             Self::BlackOut(time) => world.black_out(time),
+            Self::RemoveDevice => world.remove_device(DEVICE_GONE),
             Self::FullStore => drain(world),
             Self::NoDescriptors(end) => exhaust(world, index(end)),
             Self::Cancel => cancel.cancel(),

@@ -1,4 +1,4 @@
-//! Agents that are killed, stopped, cut off, filled up and starved at random
+//! Agents that are killed, closed, stopped, cut off, filled up and starved at random
 //! moments of a transfer: nothing hangs, nothing is lost or doubled, and
 //! everything is given back.
 //!
@@ -169,7 +169,7 @@ impl Round {
             .join()
             .map_err(|_| "what was got differs".to_owned())?;
         let took = ended.saturating_duration_since(struck);
-        if let Fault::Kill(end) = self.fault {
+        if let Some(end) = self.fault.ended() {
             world.hosts()[usize::from(end == End::Far)].restart();
         }
         if let (Err(error), Outcome::Done) = (&result, self.fault.outcome()) {
@@ -217,7 +217,7 @@ impl Round {
     ) -> Result<(), String> {
         let mut at_b = connect(&world.b.agent)?;
         let listed = at_b.list(None).map_err(|error| error.to_string())?;
-        let was_lost = self.fault == Fault::Kill(End::Far);
+        let was_lost = self.fault.ended() == Some(End::Far);
         let must_be = (done || !self.put) && !was_lost;
         if listed.is_empty() {
             return if must_be {

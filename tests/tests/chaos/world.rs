@@ -145,6 +145,15 @@ impl World {
         hosts.set_link("up");
     }
 
+    /// Removes the network device between the two; after `time` there is another.
+    pub(crate) fn remove_device(&self, time: Duration) {
+        let hosts = self.hosts.as_ref().expect("there is a device to remove");
+        let name = &hosts.names[0];
+        ip(&["-n", name, "link", "delete", "wire"]).expect("the device is there");
+        std::thread::sleep(time);
+        hosts.connect().expect("as at the start");
+    }
+
     /// Waits until both agents hold what they held at the start, within a session.
     pub(crate) fn settle(&mut self) -> Result<(), String> {
         let until = Instant::now() + GENEROUS * 2;
@@ -247,6 +256,12 @@ impl Host {
         self.agent.kill();
     }
 
+    /// Tells the agent to end, and waits for it.
+    pub(crate) fn close(&mut self) {
+        let status = self.agent.stop();
+        assert!(status.success(), "{status:?}\n{}", self.agent.log());
+    }
+
     /// Starts it again.
     pub(crate) fn restart(&mut self) {
         let name = self.agent.name.clone();
@@ -289,16 +304,24 @@ impl Namespaces {
             names: names.clone(),
         };
         ip(&["netns", "add", b])?;
+        for name in &names {
+            ip(&["-n", name, "link", "set", "lo", "up"])?;
+        }
+        made.connect()?;
+        Ok(made)
+    }
+
+    fn connect(&self) -> Result<(), String> {
+        let [a, b] = &self.names;
         ip(&[
             "-n", a, "link", "add", "wire", "type", "veth", "peer", "name", "wire", "netns", b,
         ])?;
-        for (index, name) in names.iter().enumerate() {
+        for (index, name) in self.names.iter().enumerate() {
             let address = format!("10.78.0.{}/24", index + 1);
             ip(&["-n", name, "address", "add", &address, "dev", "wire"])?;
-            ip(&["-n", name, "link", "set", "lo", "up"])?;
             ip(&["-n", name, "link", "set", "wire", "up"])?;
         }
-        Ok(made)
+        Ok(())
     }
 
     fn set_link(&self, state: &str) {
