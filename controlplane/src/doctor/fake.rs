@@ -440,7 +440,7 @@ fn of_two_versions_the_older_is_to_be_replaced() {
         ),
     ] {
         machine.peer = PeerReply::Version {
-            why: "versions 2 to 5".to_owned(),
+            why: "versions 3 to 5".to_owned(),
             ours_is_older,
         };
         is(&machine.peer("b")[0], State::Broken, mend);
