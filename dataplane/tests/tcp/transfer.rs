@@ -1,6 +1,10 @@
 //! Bytes arrive, whatever their number, in both directions at once.
 
-use genie_dataplane::engine::{Cost, Partial, Receipt};
+use std::collections::VecDeque;
+use std::pin::pin;
+
+use genie_dataplane::endpoint::OPERATIONS_MAX;
+use genie_dataplane::engine::{Cost, Full, Partial, Receipt};
 use genie_proto::Incoming;
 
 use crate::harness::{Engine, Link, assert_given_back, block_on, bytes, empty, filled, open_both};
@@ -216,4 +220,37 @@ fn the_engine_counts_what_it_moves() {
     let status = idle.status.clone();
     idle.stop();
     assert_eq!(status.snapshot().sent_bytes, 0);
+}
+
+#[test]
+fn who_asks_for_too_much_is_refused_or_waits_until_something_ends() {
+    let link = Link::new(1);
+    let endpoint = link.b.endpoint.clone();
+    let (from, into) = (filled(512, 3), empty(512));
+    let mut expected = VecDeque::new();
+    let refused = loop {
+        match endpoint.try_receive(link.ids.1, into.clone()) {
+            Ok(begun) => expected.push_back(begun.unwrap()),
+            Err(Full(lease)) => break lease,
+        }
+    };
+    assert_eq!(expected.len(), OPERATIONS_MAX);
+    assert_eq!((refused.len(), endpoint.free()), (512, 0));
+    let mut one_more = pin!(endpoint.receive(link.ids.1, refused));
+    let mut context = std::task::Context::from_waker(std::task::Waker::noop());
+    assert!(one_more.as_mut().poll(&mut context).is_pending());
+    // The sender's end has room: it is not its own to give.
+    assert_eq!(link.a.endpoint.free(), OPERATIONS_MAX);
+
+    let (id, first) = expected.pop_front().unwrap();
+    let sent = link.a.send(link.ids.0, id, from.clone()).unwrap();
+    assert_eq!(sent.wait().unwrap().digest, first.wait().unwrap().digest);
+    let (id, last) = block_on(one_more).unwrap();
+    assert_eq!(endpoint.free(), 0);
+    let sent = link.a.send(link.ids.0, id, from.clone()).unwrap();
+    assert_eq!(sent.wait().unwrap().digest, last.wait().unwrap().digest);
+    assert_eq!(bytes(&into), bytes(&from));
+    drop(expected);
+    link.stop();
+    assert_given_back(&into);
 }
