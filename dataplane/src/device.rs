@@ -162,6 +162,16 @@ pub trait Device {
     /// The port's own counters.
     fn counters(&self) -> Counters;
 
+    /// What whoever chose this device should know, one sentence each.
+    fn cautions(&self) -> Vec<String> {
+        Vec::new()
+    }
+
+    /// What a good NIC does and this device leaves to the CPU.
+    fn lacks(&self) -> Vec<String> {
+        Vec::new()
+    }
+
     /// What CPUs copied on behalf of this device so far.
     fn copies(&self) -> Copies;
 

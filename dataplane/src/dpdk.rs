@@ -17,6 +17,7 @@ mod open;
 pub mod pair;
 mod port;
 mod spec;
+mod vdev;
 
 pub use library::{Library, LoadError, load};
 pub use open::{OpenError, Options};

@@ -19,4 +19,6 @@ pub mod udp;
 pub use command::{Command, Completion, FailReason, OpenError, OperationId, Receipt, Remote};
 pub use partial::{Cost, Interrupted, Partial};
 pub use ring::{Full, Outbox, Receiver, Sender};
-pub use status::{SealedSnapshot, SessionSnapshot, Snapshot, Status};
+pub use status::{
+    IdleSnapshot, ResentSnapshot, RingSnapshot, SealedSnapshot, SessionSnapshot, Snapshot, Status,
+};

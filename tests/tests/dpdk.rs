@@ -115,6 +115,34 @@ fn a_model_takes_the_device_as_its_own_counters_show() {
                 .starts_with("dpdk:")
         );
     }
+    for agent in [&a, &b] {
+        let engine = transport(agent, "dpdk")["engine"].clone();
+        // An idle agent sleeps, and has not spun for all of its life.
+        let idle = &engine["idle"];
+        assert!(idle["sleeps"].as_u64() > Some(0), "{engine}");
+        let seconds = |state: &str| {
+            let time = &idle[state];
+            time["secs"].as_u64().unwrap() as f64 + time["nanos"].as_u64().unwrap() as f64 / 1e9
+        };
+        let all: f64 = ["busy", "spin", "pause", "sleep"].map(seconds).iter().sum();
+        let up = agent.status()["up_seconds"].as_f64().unwrap();
+        assert!(all > 0.0 && all < up + 10.0, "{all} s of {up} s: {engine}");
+        // One peer has its part of the ring, and no more than there is.
+        let ring = &engine["ring"];
+        let frames = |what: &str| ring[what].as_u64().unwrap();
+        assert!(frames("granted") > 0, "{ring}");
+        assert!(frames("granted") <= frames("credit"), "{ring}");
+        assert!(frames("credit") < frames("frames"), "{ring}");
+        let session = &engine["sessions"][0];
+        assert!(session["window_bytes"].as_u64() > Some(0), "{session}");
+        assert!(!session["round_trip_min"].is_null(), "{session}");
+        let resent = &engine["resent"];
+        let by_cause: u64 = ["packet_threshold", "time_threshold", "probe"]
+            .map(|cause| resent[cause].as_u64().unwrap())
+            .iter()
+            .sum();
+        assert_eq!(session["retransmits"], by_cause, "{engine}");
+    }
     let tcp = &transport(&b, "tcp")["engine"];
     assert_eq!(
         (&tcp["sent_bytes"], &tcp["received_bytes"]),

@@ -245,6 +245,9 @@ fn transport(text: &mut String, transport: &TransportStatus) {
             show_bytes(engine.copies.kernel)
         ),
     );
+    for caution in &engine.cautions {
+        line(text, &format!("    CAUTION: {caution}"));
+    }
     if let Some(port) = &engine.port {
         line(
             text,

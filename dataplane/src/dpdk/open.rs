@@ -10,6 +10,7 @@ use genie_dpdk_abi as abi;
 use super::library::{Library, LoadError};
 use super::pair::{Claim, PairError};
 use super::spec::DeviceSpec;
+use super::vdev;
 use crate::device::attachments::ATTACHMENTS_MAX;
 
 /// How to bring DPDK up and open a port.
@@ -24,7 +25,7 @@ pub struct Options {
     pub no_huge: bool,
     /// PCI addresses of all NICs this process will open, besides the first one.
     pub pci: Vec<String>,
-    /// Largest IP packet in bytes.
+    /// Largest IP packet in bytes; a device that carries less is used with its own limit.
     pub mtu: u16,
     /// Receive descriptors wanted.
     pub rx_descriptors: u16,
@@ -86,18 +87,22 @@ pub(super) fn open(
     let library = super::load()?;
     bring_up(library, spec, options)?;
     register_thread(library)?;
-    let (claim, devargs) = match spec {
-        DeviceSpec::Pci(text) | DeviceSpec::Vdev(text) => (None, text.clone()),
+    let (claim, devargs, mtu) = match spec {
+        DeviceSpec::Pci(text) => (None, text.clone(), options.mtu),
+        DeviceSpec::Vdev(text) => {
+            let (devargs, mtu) = vdev::complete(text, options.mtu, vdev::link_mtu);
+            (None, devargs, mtu)
+        }
         DeviceSpec::Pair(socket) => {
             let claim = Claim::take(socket)?;
             let devargs = claim.devargs(options.rx_descriptors.max(options.tx_descriptors));
-            (Some(claim), devargs)
+            (Some(claim), devargs, options.mtu)
         }
     };
     let limit = claim
         .as_ref()
         .and_then(|claim| claim.limit_wait(options.peer_limit));
-    let opened = open_port(library, &devargs, options);
+    let opened = open_port(library, &devargs, mtu, options);
     let cut_short = limit.is_some_and(|limit| limit.finish());
     match (opened, spec) {
         (Ok(raw), _) => Ok((library, raw, claim)),
@@ -148,6 +153,7 @@ fn register_thread(library: Library) -> Result<(), OpenError> {
 fn open_port(
     library: Library,
     devargs: &str,
+    mtu: u16,
     options: &Options,
 ) -> Result<NonNull<abi::Port>, String> {
     let devargs = CString::new(devargs).map_err(|error| error.to_string())?;
@@ -155,7 +161,7 @@ fn open_port(
         devargs: devargs.as_ptr(),
         rx_descriptors: options.rx_descriptors,
         tx_descriptors: options.tx_descriptors,
-        mtu: options.mtu,
+        mtu,
         reserved: 0,
         spare_mbufs: 1024,
         attachments: ATTACHMENTS_MAX as u32,

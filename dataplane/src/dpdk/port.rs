@@ -280,6 +280,14 @@ impl Device for Port {
         }
     }
 
+    fn cautions(&self) -> Vec<String> {
+        cautions(&self.info)
+    }
+
+    fn lacks(&self) -> Vec<String> {
+        lacks(self.info.caps)
+    }
+
     fn copies(&self) -> Copies {
         let stats = self.stats();
         let sent = if self.capabilities.driver_copies_tx {
@@ -344,6 +352,45 @@ impl Drop for Port {
     }
 }
 
+/// What its driver does that a service may not want; docs/devices.md.
+fn cautions(info: &abi::PortInfo) -> Vec<String> {
+    let driver = info.driver_name();
+    let mut cautions = Vec::new();
+    if info.has(abi::CAP_FRAGILE) {
+        cautions.push(format!(
+            "{driver}: the death of the peer may crash this agent, and frames of several \
+             descriptors are lost or mixed up where its ring is full: for benchmarks, not for a \
+             service"
+        ));
+    }
+    if !info.has(abi::CAP_SURVIVES_PEER) {
+        cautions.push(format!(
+            "{driver}: when the peer's process has died, this agent must be started again too"
+        ));
+    }
+    if !info.has(abi::CAP_TX_MULTI_SEG) {
+        cautions.push(format!(
+            "{driver}: frames have one segment, so payloads are copied into packet buffers"
+        ));
+    }
+    cautions
+}
+
+/// Capabilities that a good NIC has, and what it means where one is missing.
+const WANTED: [(u64, &str); 6] = [
+    (abi::CAP_TX_UDP_CHECKSUM, "UDP checksums on transmission"),
+    (abi::CAP_RX_UDP_CHECKSUM, "UDP checksums on reception"),
+    (abi::CAP_TX_MULTI_SEG, "frames of several segments"),
+    (abi::CAP_TX_EXTERNAL, "sending from memory of programs"),
+    (abi::CAP_RX_INTERRUPT, "receive interrupts"),
+    (abi::CAP_RX_BUFFER_SPLIT, "splitting headers from payloads"),
+];
+
+fn lacks(caps: u64) -> Vec<String> {
+    let missing = WANTED.iter().filter(|(bit, _)| caps & bit == 0);
+    missing.map(|(_, what)| (*what).to_owned()).collect()
+}
+
 /// Received frames, given back on drop, also when `on_frame` panics.
 struct Burst {
     library: Library,
@@ -363,5 +410,45 @@ impl Drop for Burst {
     fn drop(&mut self) {
         // SAFETY: received from this port on this thread and not freed before.
         unsafe { (self.library.api().rx_free)(self.raw.as_ptr(), self.first, self.count) };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn info(caps: u64) -> abi::PortInfo {
+        let mut driver = [0; 32];
+        driver[..8].copy_from_slice(b"net_some");
+        abi::PortInfo {
+            driver,
+            mac: [2; 6],
+            mtu: 1500,
+            max_frame: 1514,
+            rx_descriptors: 1,
+            tx_descriptors: 1,
+            mbufs: 1,
+            numa_node: 0,
+            caps,
+        }
+    }
+
+    #[test]
+    fn what_is_missing_is_named() {
+        assert_eq!(lacks(u64::MAX), [""; 0]);
+        assert_eq!(lacks(0).len(), WANTED.len());
+        assert_eq!(lacks(!abi::CAP_RX_INTERRUPT), ["receive interrupts"]);
+    }
+
+    #[test]
+    fn every_quirk_of_a_driver_is_said() {
+        let sound = abi::CAP_SURVIVES_PEER | abi::CAP_TX_MULTI_SEG;
+        assert_eq!(cautions(&info(sound)), [""; 0]);
+        let all = cautions(&info(abi::CAP_FRAGILE));
+        assert_eq!(all.len(), 3);
+        for (caution, word) in all.iter().zip(["crash", "started again", "one segment"]) {
+            assert!(caution.starts_with("net_some: "), "{caution}");
+            assert!(caution.contains(word), "{caution}");
+        }
     }
 }

@@ -14,6 +14,7 @@
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
 
+use super::IdleSnapshot;
 use genie_proto::Time;
 use rustix::event::epoll::{self, CreateFlags, Event, EventData, EventFlags};
 use rustix::event::{PollFd, PollFlags, Timespec};
@@ -60,6 +61,19 @@ pub(super) enum Rest {
 pub(super) struct Idle {
     since: Option<Time>,
     step: Duration,
+    phase: Phase,
+    /// Since when it is in this phase; none before the first call.
+    entered: Option<Time>,
+    spent: IdleSnapshot,
+}
+
+/// What an engine does until it asks again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Phase {
+    Busy,
+    Spin,
+    Pause,
+    Sleep,
 }
 
 impl Idle {
@@ -68,20 +82,53 @@ impl Idle {
         Self {
             since: None,
             step: STEP_FIRST,
+            phase: Phase::Busy,
+            entered: None,
+            spent: IdleSnapshot::default(),
         }
+    }
+
+    /// Work was found outside of an iteration.
+    pub(super) fn reset(&mut self) {
+        self.since = None;
+        self.step = STEP_FIRST;
+    }
+
+    /// How the time was spent until the last iteration.
+    pub(super) fn spent(&self) -> IdleSnapshot {
+        self.spent
+    }
+
+    fn enter(&mut self, phase: Phase, now: Time) {
+        let past = self.entered.map_or(Duration::ZERO, |at| now.since(at));
+        *match self.phase {
+            Phase::Busy => &mut self.spent.busy,
+            Phase::Spin => &mut self.spent.spin,
+            Phase::Pause => &mut self.spent.pause,
+            Phase::Sleep => &mut self.spent.sleep,
+        } += past;
+        self.entered = Some(now);
+        self.phase = phase;
+        self.spent.sleeps += u64::from(phase == Phase::Sleep);
     }
 
     /// Called once an iteration: what an engine may do now whose next timer is
     /// at `deadline`.
     pub(super) fn next(&mut self, busy: bool, now: Time, deadline: Option<Time>) -> Rest {
         if busy {
-            *self = Self::new();
+            self.reset();
+            self.enter(Phase::Busy, now);
             return Rest::Poll;
         }
         let since = *self.since.get_or_insert(now);
         let idle = now.since(since);
         if idle < PAUSE {
-            let pauses = if idle < SPIN { 1 } else { PAUSES };
+            let (phase, pauses) = if idle < SPIN {
+                (Phase::Spin, 1)
+            } else {
+                (Phase::Pause, PAUSES)
+            };
+            self.enter(phase, now);
             (0..pauses).for_each(|_| std::hint::spin_loop());
             return Rest::Poll;
         }
@@ -89,8 +136,10 @@ impl Idle {
         let step = self.step;
         self.step = (step * 2).min(STEP_MOST);
         if until.is_zero() {
+            self.enter(Phase::Busy, now);
             return Rest::Poll;
         }
+        self.enter(Phase::Sleep, now);
         Rest::Sleep {
             unreported: step.min(until),
             reported: SLEEP_MOST.min(until),
@@ -175,6 +224,27 @@ mod tests {
         assert_eq!(idle.next(false, Time(4 * MS), None), sleep(STEP_MOST));
         assert_eq!(idle.next(true, Time(5 * MS), None), Rest::Poll);
         assert_eq!(idle.next(false, Time(6 * MS), None), Rest::Poll);
+    }
+
+    #[test]
+    fn all_time_is_in_one_of_four_phases() {
+        let mut idle = Idle::new();
+        idle.next(true, Time(MS), None);
+        // Work until 2 ms, then 10 µs of looking, 190 of pauses, and a sleep.
+        idle.next(false, Time(2 * MS), None);
+        idle.next(false, Time(2 * MS + 20_000), None);
+        idle.next(false, Time(2 * MS + 200_000), None);
+        idle.next(true, Time(3 * MS), None);
+        idle.next(true, Time(3 * MS + 1), None);
+        let us = Duration::from_micros;
+        let expected = IdleSnapshot {
+            busy: us(1000) + Duration::from_nanos(1),
+            spin: us(20),
+            pause: us(180),
+            sleep: us(800),
+            sleeps: 1,
+        };
+        assert_eq!(idle.spent(), expected);
     }
 
     #[test]

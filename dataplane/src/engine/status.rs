@@ -20,6 +20,15 @@ pub const PUBLISH_EVERY: Duration = Duration::from_millis(100);
 pub struct Snapshot {
     /// What drives the path: `tcp`, or a device driver's name such as `net_vhost`.
     pub driver: String,
+    /// What whoever chose the device should know of it.
+    #[serde(default)]
+    pub cautions: Vec<String>,
+    /// What a good NIC does and the device leaves to the CPU.
+    #[serde(default)]
+    pub lacks: Vec<String>,
+    /// Largest IP packet that the device carries; none for kernel sockets.
+    #[serde(default)]
+    pub mtu: Option<u16>,
     /// The port's own counters; none for kernel sockets.
     pub port: Option<Counters>,
     /// What CPUs copied so far, at this end.
@@ -32,8 +41,69 @@ pub struct Snapshot {
     pub dropped: u64,
     /// Packets that were not the peer's, of all sealed sessions so far.
     pub sealed: SealedSnapshot,
+    /// Segments sent again by all sessions so far, by cause; none where the
+    /// kernel does that.
+    #[serde(default)]
+    pub resent: Option<ResentSnapshot>,
+    /// How the engine's thread spent its time; only of engines that poll.
+    #[serde(default)]
+    pub idle: Option<IdleSnapshot>,
+    /// The device's receive ring; none for kernel sockets.
+    #[serde(default)]
+    pub ring: Option<RingSnapshot>,
     /// Open sessions.
     pub sessions: Vec<SessionSnapshot>,
+}
+
+/// Segments sent again, by what made the engine (RFC 9002).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ResentSnapshot {
+    /// Three later packets were acknowledged.
+    pub packet_threshold: u64,
+    /// A later packet was acknowledged more than a round trip ago.
+    pub time_threshold: u64,
+    /// Nothing was acknowledged until the probe timeout.
+    pub probe: u64,
+    /// Packets given up for lost whose acknowledgement came after all.
+    pub spurious: u64,
+}
+
+impl ResentSnapshot {
+    /// Both together.
+    pub fn plus(self, other: Self) -> Self {
+        Self {
+            packet_threshold: self.packet_threshold + other.packet_threshold,
+            time_threshold: self.time_threshold + other.time_threshold,
+            probe: self.probe + other.probe,
+            spurious: self.spurious + other.spurious,
+        }
+    }
+}
+
+/// How a polling engine's thread spent its time since it started.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct IdleSnapshot {
+    /// With work.
+    pub busy: Duration,
+    /// Looking for work without a pause.
+    pub spin: Duration,
+    /// With pauses between looks.
+    pub pause: Duration,
+    /// Asleep.
+    pub sleep: Duration,
+    /// How often it slept.
+    pub sleeps: u64,
+}
+
+/// A device's receive ring.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RingSnapshot {
+    /// Its length in frames.
+    pub frames: u64,
+    /// Frames of it that peers may have in flight together.
+    pub credit: u64,
+    /// Those that sessions were given.
+    pub granted: u64,
 }
 
 /// A picture of one session of an engine.
@@ -45,8 +115,21 @@ pub struct SessionSnapshot {
     pub round_trip: Option<Duration>,
     /// Congestion window in bytes; none for kernel sockets.
     pub window_bytes: Option<u64>,
+    /// Bytes of packets in flight; none for kernel sockets.
+    #[serde(default)]
+    pub in_flight_bytes: Option<u64>,
+    /// Frames of the receive ring that the peer may have in flight; none for
+    /// kernel sockets.
+    #[serde(default)]
+    pub granted: Option<u64>,
+    /// The least round trip seen; none before the first.
+    #[serde(default)]
+    pub round_trip_min: Option<Duration>,
     /// Segments sent again.
     pub retransmits: u64,
+    /// The same by cause; none where the kernel does that.
+    #[serde(default)]
+    pub resent: Option<ResentSnapshot>,
     /// Packets dropped, all causes.
     pub dropped: u64,
     /// What was found not to be the peer's; none where packets are not sealed.

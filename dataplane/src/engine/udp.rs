@@ -21,8 +21,8 @@ use super::frame::{self, Head, Parsed};
 use super::idle::{Bed, Idle, Rest};
 use super::link::Link;
 use super::{
-    Command, Completion, FailReason, OpenError, OperationId, Outbox, Receiver, SealedSnapshot,
-    Status,
+    Command, Completion, FailReason, OpenError, OperationId, Outbox, Receiver, ResentSnapshot,
+    RingSnapshot, SealedSnapshot, Status,
 };
 use crate::device::{BURST_MAX, Capabilities, Device, HEAD_MAX, TxFrame};
 use crate::endpoint::{Endpoint, EnginePorts, Running};
@@ -116,6 +116,9 @@ where
             Err(error) => return drop(opened.send(Err(error))),
         };
         lower_priority(config.nice);
+        for caution in device.cautions() {
+            tracing::warn!("{caution}");
+        }
         let bed = match Bed::new(device.rx_event()) {
             Ok(bed) => bed,
             Err(errno) => {
@@ -205,6 +208,8 @@ struct Totals {
     copied_bytes: u64,
     /// Packets of sealed sessions which have ended that were not their peers'.
     sealed: SealedSnapshot,
+    /// Segments that sessions which have ended sent again.
+    resent: ResentSnapshot,
 }
 
 /// More unanswered questions than this at once are somebody's flood.
@@ -264,7 +269,7 @@ impl<D: Device> Engine<D> {
             self.handle_timeouts(now);
             busy |= self.transmit(now);
             self.settle(now);
-            self.publish(now);
+            self.publish(now, &idle);
             let rest = idle.next(busy, now, self.next_deadline());
             if let Rest::Sleep {
                 unreported,
@@ -272,7 +277,7 @@ impl<D: Device> Engine<D> {
             } = rest
                 && self.sleep(unreported, reported)
             {
-                idle = Idle::new();
+                idle.reset();
             }
         }
     }
@@ -500,7 +505,7 @@ impl<D: Device> Engine<D> {
             .min()
     }
 
-    fn publish(&mut self, now: Time) {
+    fn publish(&mut self, now: Time, idle: &Idle) {
         let Self { device, core, .. } = self;
         if now.since(core.published) < super::status::PUBLISH_EVERY {
             return;
@@ -509,6 +514,11 @@ impl<D: Device> Engine<D> {
         device.sweep();
         core.status.publish(|snapshot| {
             snapshot.driver.clone_from(&device.capabilities().driver);
+            if snapshot.mtu.is_none() {
+                snapshot.cautions = device.cautions();
+                snapshot.lacks = device.lacks();
+                snapshot.mtu = Some(device.capabilities().mtu);
+            }
             snapshot.port = Some(device.counters());
             snapshot.dropped = core.dropped;
             snapshot.sent_bytes = core.totals.sent_bytes;
@@ -516,14 +526,21 @@ impl<D: Device> Engine<D> {
             snapshot.copies = device.copies();
             snapshot.copies.genie += core.totals.copied_bytes;
             snapshot.sealed = core.totals.sealed;
+            snapshot.idle = Some(idle.spent());
+            let mut resent = core.totals.resent;
+            let mut ring = ring(device.capabilities().rx_descriptors);
             snapshot.sessions.clear();
             for session in core.sessions.values() {
                 snapshot.copies.genie += session.copied_bytes();
                 let session = session.snapshot();
                 let sealed = session.sealed.unwrap_or_default();
                 snapshot.sealed = snapshot.sealed.plus(sealed);
+                resent = resent.plus(session.resent.unwrap_or_default());
+                ring.granted += session.granted.unwrap_or(0);
                 snapshot.sessions.push(session);
             }
+            snapshot.resent = Some(resent);
+            snapshot.ring = Some(ring);
         });
     }
 }
@@ -532,6 +549,15 @@ impl<D: Device> Engine<D> {
 /// our own late polling loses nothing, nor peers whose shares just change.
 fn credit(rx_descriptors: u16) -> u32 {
     u32::from(rx_descriptors / 2).max(1)
+}
+
+/// An empty receive ring of this length.
+fn ring(rx_descriptors: u16) -> RingSnapshot {
+    RingSnapshot {
+        frames: rx_descriptors.into(),
+        credit: credit(rx_descriptors).into(),
+        granted: 0,
+    }
 }
 
 /// What a peer begins with.
@@ -718,8 +744,9 @@ impl Core {
             let keep = !session.is_finished(now);
             if !keep {
                 totals.copied_bytes += session.copied_bytes();
-                let sealed = session.snapshot().sealed.unwrap_or_default();
-                totals.sealed = totals.sealed.plus(sealed);
+                let last = session.snapshot();
+                totals.sealed = totals.sealed.plus(last.sealed.unwrap_or_default());
+                totals.resent = totals.resent.plus(last.resent.unwrap_or_default());
                 link.forget(session.peer());
             }
             keep

@@ -425,7 +425,11 @@ impl Session {
                 .filter_map(|s| s.round_trip)
                 .min(),
             window_bytes: None,
+            in_flight_bytes: None,
+            granted: None,
+            round_trip_min: None,
             retransmits: 0,
+            resent: None,
             dropped: self.dropped,
             sealed: None,
             transfers: (self.incoming.len() + self.outgoing.len()) as u64,

@@ -32,6 +32,10 @@ pub(crate) struct Traits {
     pub(crate) fragile: bool,
     /// Whether `rte_eth_dev_configure` refuses an MTU that works all the same.
     pub(crate) hides_mtu: bool,
+    /// What it keeps of each packet buffer for itself, in bytes.
+    pub(crate) headroom: u32,
+    /// The smallest packet buffer that it takes, in bytes.
+    pub(crate) room: u32,
 }
 
 const NIC: Traits = Traits {
@@ -42,6 +46,8 @@ const NIC: Traits = Traits {
     survives_peer: true,
     fragile: false,
     hides_mtu: false,
+    headroom: 0,
+    room: 0,
 };
 
 const VIRTUAL: Traits = Traits {
@@ -52,6 +58,8 @@ const VIRTUAL: Traits = Traits {
     survives_peer: false,
     fragile: false,
     hides_mtu: false,
+    headroom: 0,
+    room: 0,
 };
 
 /// Looks up a driver by its name and the arguments of the device.
@@ -93,21 +101,37 @@ pub(crate) fn traits(driver: &str, devargs: &str) -> Traits {
             hides_mtu: true,
             ..VIRTUAL
         },
+        // Each frame of its ring has to fit into one packet buffer, less the
+        // kernel's header (`TPACKET2_HDRLEN` without the address).
         "net_af_packet" => Traits {
+            room: argument(devargs, "framesz")
+                .unwrap_or(2048)
+                .saturating_sub(32),
             external: External::Any,
             survives_peer: true,
             hides_mtu: true,
             ..VIRTUAL
         },
-        // Sends garbage for chains and for external buffers.
+        // Sends garbage for chains and for external buffers. The kernel keeps
+        // `XDP_PACKET_HEADROOM` of each buffer, and none may be shorter than
+        // the driver's own frame.
         "net_af_xdp" => Traits {
             multi_seg: false,
+            headroom: 256,
+            room: 2048,
             survives_peer: true,
             ..VIRTUAL
         },
         _ if is_pci(devargs) => NIC,
         _ => VIRTUAL,
     }
+}
+
+/// A number among the arguments of a device.
+fn argument(devargs: &str, key: &str) -> Option<u32> {
+    let mut arguments = devargs.split(',').skip(1);
+    let value = arguments.find_map(|one| one.strip_prefix(key)?.strip_prefix('='))?;
+    value.parse().ok()
 }
 
 /// Whether a device is named by a PCI address, `0000:3b:00.0` or `3b:00.0`.
@@ -150,6 +174,28 @@ mod tests {
         ] {
             assert!(!is_pci(other), "{other}");
         }
+    }
+
+    #[test]
+    fn only_some_hide_their_limit_or_keep_a_part_of_each_buffer() {
+        let find = |holds: fn(&Traits) -> bool| -> Vec<&str> {
+            let drivers = [
+                "net_vhost",
+                "net_virtio_user",
+                "net_memif",
+                "net_af_packet",
+                "net_af_xdp",
+                "net_other",
+            ];
+            let driver = |driver: &&str| holds(&traits(driver, "x"));
+            drivers.into_iter().filter(driver).collect()
+        };
+        assert_eq!(find(|one| one.hides_mtu), ["net_memif", "net_af_packet"]);
+        assert_eq!(find(|one| one.headroom > 0), ["net_af_xdp"]);
+        let room = |devargs| traits("net_af_packet", devargs).room;
+        assert_eq!(room("net_af_packet0,iface=x,framesz=1616"), 1584);
+        assert_eq!(room("net_af_packet0,iface=x"), 2016);
+        assert!(!traits("net_e1000", "0000:3b:00.0").hides_mtu);
     }
 
     /// What docs/devices.md says of each device, in the order of its columns:

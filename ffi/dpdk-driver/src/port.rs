@@ -126,7 +126,8 @@ impl Port {
                 errno,
             }
         };
-        if !traits.hides_mtu && !(raw.min_mtu..=raw.max_mtu).contains(&options.mtu) {
+        let mtu = mtu_of(&raw, traits, options.mtu);
+        if !traits.hides_mtu && mtu < raw.min_mtu {
             let (min, max, wanted) = (raw.min_mtu, raw.max_mtu, options.mtu);
             return Err(OpenError::Mtu {
                 driver,
@@ -136,7 +137,7 @@ impl Port {
             });
         }
         let caps = capabilities(&raw, traits);
-        let set_up_with = |caps| set_up(port, &raw, caps, traits, options);
+        let set_up_with = |caps| set_up(port, &raw, caps, traits, mtu, options);
         let without = caps & !abi::CAP_RX_INTERRUPT;
         let (caps, set_up) = match set_up_with(caps) {
             // Rather no interrupts than no port.
@@ -167,7 +168,7 @@ impl Port {
         let mut info = abi::PortInfo {
             driver: fixed(&driver),
             mac: mac(port).map_err(failed("reading its address"))?,
-            mtu: options.mtu,
+            mtu,
             max_frame,
             rx_descriptors,
             tx_descriptors,
@@ -408,6 +409,16 @@ fn capabilities(info: &sys::rte_eth_dev_info, traits: Traits) -> u64 {
     .fold(0, |set, (bit, _)| set | bit)
 }
 
+/// The largest IP packet up to what is `wanted`: no more than the device says,
+/// if it says what it can do.
+fn mtu_of(raw: &sys::rte_eth_dev_info, traits: Traits, wanted: u16) -> u16 {
+    if traits.hides_mtu {
+        wanted
+    } else {
+        wanted.min(raw.max_mtu)
+    }
+}
+
 /// What a started port was given.
 struct Setup {
     rx_descriptors: u16,
@@ -425,10 +436,11 @@ fn set_up(
     raw: &sys::rte_eth_dev_info,
     caps: u64,
     traits: Traits,
+    mtu: u16,
     options: &PortOptions,
 ) -> Result<Setup, (&'static str, Errno)> {
     let failed = |step| move |errno| (step, errno);
-    configure(port, raw, caps, traits, options.mtu).map_err(failed("configuring it"))?;
+    configure(port, raw, caps, traits, mtu).map_err(failed("configuring it"))?;
     let (mut rx_descriptors, mut tx_descriptors) = (options.rx_descriptors, options.tx_descriptors);
     // SAFETY: a configured port; both are ours and written.
     let status = unsafe {
@@ -438,13 +450,14 @@ fn set_up(
 
     // SAFETY: a valid port.
     let numa_node = unsafe { sys::rte_eth_dev_socket_id(port) };
-    let max_frame = u32::from(options.mtu) + ETHERNET_HEADER;
+    let max_frame = u32::from(mtu) + ETHERNET_HEADER;
     // Twice the cache, as each of the threads that come to use it keeps
     // up to one and a half times that many to itself.
     let spare = options.spare_mbufs + 2 * sys::GENIE_MBUF_CACHE;
     let rx_count = u32::from(rx_descriptors) + spare;
     let tx_count = 2 * u32::from(tx_descriptors) + spare;
-    let room = (max_frame + FRAME_SLACK).max(raw.min_rx_bufsize);
+    let room = max_frame + FRAME_SLACK + traits.headroom;
+    let room = room.max(raw.min_rx_bufsize).max(traits.room);
     let pool = |count| Mempool::new(count, room, numa_node);
     let rx_pool = pool(rx_count).map_err(failed("making its receive buffers"))?;
     let tx_pool = pool(tx_count).map_err(failed("making its transmit buffers"))?;

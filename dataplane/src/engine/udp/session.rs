@@ -25,7 +25,7 @@ use crate::engine::frame::{self, End, Flow, Head};
 use crate::engine::link::Link;
 use crate::engine::{
     Completion, Cost, FailReason, Interrupted, OpenError, OperationId, Outbox, Partial, Receipt,
-    SealedSnapshot, SessionSnapshot,
+    ResentSnapshot, SealedSnapshot, SessionSnapshot,
 };
 use crate::ledger::Copies;
 use crate::memory::{Lease, View};
@@ -880,7 +880,16 @@ impl Session {
             session: self.id,
             round_trip: stats.rtt,
             window_bytes: Some(stats.window_bytes),
+            in_flight_bytes: Some(stats.in_flight_bytes),
+            granted: Some(u64::from(self.connection.receive_credit())),
+            round_trip_min: stats.rtt_min,
             retransmits: stats.retransmits.total(),
+            resent: Some(ResentSnapshot {
+                packet_threshold: stats.retransmits.packet_threshold,
+                time_threshold: stats.retransmits.time_threshold,
+                probe: stats.retransmits.probe,
+                spurious: stats.spurious_losses,
+            }),
             dropped: stats.dropped(),
             sealed: self.is_sealed().then(|| SealedSnapshot {
                 forged: stats.drops(DropCause::Forged),

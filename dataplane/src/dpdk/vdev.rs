@@ -1,0 +1,139 @@
+//! Virtual devices by their arguments: what they carry, and what is missing.
+//!
+//! memif, af_packet and af_xdp do not say how long a frame they take; it
+//! follows from their arguments and from the interface below them. What the
+//! operator does not say is completed so that frames are as long as they can be.
+
+#![forbid(unsafe_code)]
+
+/// Ethernet header, without VLAN tags.
+const ETHERNET_HEADER: u16 = 14;
+
+/// What the drivers take for `bsize` and `framesz` where nothing is said.
+const DEFAULT_BUFFER: u16 = 2048;
+
+/// What the kernel puts before a packet in a frame of `PACKET_MMAP`: its own
+/// header and a socket address, aligned (`TPACKET2_HDRLEN`, packet(7)).
+const PACKET_MMAP_HEADER: u16 = 66;
+
+/// Of an af_packet ring for long frames: four fill a block of whole pages, as
+/// they must, and a packet buffer holds one.
+const LONG_FRAMES: &str = "framesz=9216,blocksz=36864,framecnt=512";
+const LONG_FRAME: u16 = 9216;
+
+/// The longest frame of af_xdp: one page, less what kernel and DPDK keep of it.
+const AF_XDP_FRAME: u16 = 3400;
+
+/// Where no interface says otherwise.
+const ETHERNET_MTU: u16 = 1500;
+
+/// Completes a virtual device's arguments and gives the largest IP packet that
+/// it then carries, no more than `mtu`. `link_mtu` tells an interface's.
+pub(super) fn complete(
+    devargs: &str,
+    mtu: u16,
+    link_mtu: impl Fn(&str) -> Option<u16>,
+) -> (String, u16) {
+    let name = devargs.split(',').next().unwrap_or("");
+    let argument = |key: &str| {
+        let mut arguments = devargs.split(',').skip(1);
+        arguments.find_map(|one| one.split_once('=').filter(|(k, _)| *k == key))
+    };
+    let number = |key| argument(key).and_then(|(_, value)| value.parse::<u16>().ok());
+    let interface = || {
+        let link = argument("iface").and_then(|(_, name)| link_mtu(name));
+        mtu.min(link.unwrap_or(ETHERNET_MTU))
+    };
+    if name.starts_with("net_memif") {
+        return match number("bsize") {
+            Some(bytes) => (
+                devargs.into(),
+                mtu.min(bytes.saturating_sub(ETHERNET_HEADER)),
+            ),
+            // One descriptor a frame: the driver loses and mixes up chains of them.
+            None => {
+                let bytes = (mtu + ETHERNET_HEADER).next_multiple_of(64);
+                (format!("{devargs},bsize={bytes}"), mtu)
+            }
+        };
+    }
+    if name.starts_with("net_af_packet") {
+        let wanted = interface();
+        let holds = |frame: u16| frame.saturating_sub(PACKET_MMAP_HEADER + ETHERNET_HEADER);
+        let said = ["framesz", "blocksz", "framecnt"];
+        return match number("framesz") {
+            Some(frame) => (devargs.into(), wanted.min(holds(frame))),
+            None if wanted > holds(DEFAULT_BUFFER)
+                && said.iter().all(|key| argument(key).is_none()) =>
+            {
+                (
+                    format!("{devargs},{LONG_FRAMES}"),
+                    wanted.min(holds(LONG_FRAME)),
+                )
+            }
+            None => (devargs.into(), wanted.min(holds(DEFAULT_BUFFER))),
+        };
+    }
+    if name.starts_with("net_af_xdp") {
+        return (
+            devargs.into(),
+            interface().min(AF_XDP_FRAME - ETHERNET_HEADER),
+        );
+    }
+    (devargs.into(), mtu)
+}
+
+/// An interface's MTU, of the network namespace that this process is in.
+pub(super) fn link_mtu(interface: &str) -> Option<u16> {
+    if interface.contains('/') {
+        return None;
+    }
+    let text = std::fs::read_to_string(format!("/sys/class/net/{interface}/mtu")).ok()?;
+    let mtu: u32 = text.trim().parse().ok()?;
+    Some(u16::try_from(mtu).unwrap_or(u16::MAX))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn completed(devargs: &str) -> (String, u16) {
+        let link = |name: &str| match name {
+            "jumbo0" => Some(9000),
+            "eth0" => Some(1500),
+            _ => None,
+        };
+        complete(devargs, 9000, link)
+    }
+
+    #[test]
+    fn frames_are_as_long_as_each_device_carries() {
+        let same = |devargs: &str, mtu| assert_eq!(completed(devargs), (devargs.into(), mtu));
+        same("net_memif0,id=1,bsize=2048", 2034);
+        same("net_memif0,bsize=65000", 9000);
+        same("net_af_packet0,iface=eth0", 1500);
+        same("net_af_packet0,iface=none", 1500);
+        same("net_af_packet0,iface=jumbo0,framesz=4096", 4016);
+        same("net_af_packet0,iface=jumbo0,blocksz=65536", 1968);
+        same("net_af_xdp0,iface=eth0", 1500);
+        same("net_af_xdp0,iface=jumbo0", 3386);
+        same("net_null0", 9000);
+    }
+
+    #[test]
+    fn what_is_not_said_is_completed() {
+        assert_eq!(
+            completed("net_memif0,id=1"),
+            ("net_memif0,id=1,bsize=9024".into(), 9000)
+        );
+        let (devargs, mtu) = completed("net_af_packet0,iface=jumbo0");
+        assert!(devargs.ends_with(LONG_FRAMES), "{devargs}");
+        assert_eq!(mtu, 9000);
+    }
+
+    #[test]
+    fn an_interface_is_a_name() {
+        assert_eq!(link_mtu("../../../etc/hostname"), None);
+        assert!(link_mtu("lo").is_some());
+    }
+}
