@@ -77,6 +77,11 @@ fn the_figures_are_those_of_a_real_transfer() {
         assert!(parsed.families.len() > 15, "{page}");
     }
     assert!(of_b.contains("\ngenie_store_tensors 20\n"), "{of_b}");
+    // What the peer holds here: its tensors and a little for their names.
+    let held = sample(&of_b, "genie_peer_memory_used_bytes", &["peer=\"a\""]);
+    assert!((bytes..bytes + 8192.0).contains(&held), "{held}");
+    let refused = ["peer=\"a\"", "limit=\"rate\""];
+    assert_eq!(sample(&of_b, "genie_peer_refused_total", &refused), 0.0);
 }
 
 #[test]

@@ -6,7 +6,7 @@
 
 use std::fmt::Write;
 
-use genie_dataplane::engine::Snapshot;
+use genie_dataplane::engine::{SessionSnapshot, Snapshot};
 
 use super::counters::{Moved, Traffic};
 use crate::status::{AgentStatus, PeerUsage, TransportStatus};
@@ -18,6 +18,7 @@ pub fn exposition(status: &AgentStatus, moved: &[(Traffic, Moved)]) -> String {
     peers(&mut page, &status.peer_usage);
     traffic(&mut page, moved);
     engines(&mut page, &status.transports);
+    devices(&mut page, &status.transports);
     ports(&mut page, &status.transports);
     sessions(&mut page, status);
     page.0
@@ -250,6 +251,94 @@ fn engines(page: &mut Page, transports: &[TransportStatus]) {
     }
 }
 
+/// What only engines that speak the UDP protocol on a device can tell.
+fn devices(page: &mut Page, transports: &[TransportStatus]) {
+    let engines: Vec<(&str, &Snapshot)> = running(transports).collect();
+    page.counter(
+        "genie_engine_resent_total",
+        "Segments that an engine sent again, by cause: packet_threshold and time_threshold are \
+         losses found from acknowledgements, probe is a timeout.",
+    );
+    for (path, engine) in &engines {
+        let Some(resent) = engine.resent else {
+            continue;
+        };
+        for (cause, segments) in [
+            ("packet_threshold", resent.packet_threshold),
+            ("time_threshold", resent.time_threshold),
+            ("probe", resent.probe),
+        ] {
+            let labels = [("path", *path), ("cause", cause)];
+            page.sample("genie_engine_resent_total", &labels, segments as f64);
+        }
+    }
+    page.counter(
+        "genie_engine_spurious_losses_total",
+        "Packets given up for lost whose acknowledgement came after all.",
+    );
+    for (path, engine) in &engines {
+        if let Some(resent) = engine.resent {
+            let labels = [("path", *path)];
+            let spurious = resent.spurious as f64;
+            page.sample("genie_engine_spurious_losses_total", &labels, spurious);
+        }
+    }
+    page.counter(
+        "genie_engine_time_seconds_total",
+        "How a polling engine's thread spent its time: busy, spin, pause or sleep.",
+    );
+    for (path, engine) in &engines {
+        let Some(idle) = engine.idle else { continue };
+        for (state, time) in [
+            ("busy", idle.busy),
+            ("spin", idle.spin),
+            ("pause", idle.pause),
+            ("sleep", idle.sleep),
+        ] {
+            let labels = [("path", *path), ("state", state)];
+            page.sample(
+                "genie_engine_time_seconds_total",
+                &labels,
+                time.as_secs_f64(),
+            );
+        }
+    }
+    page.counter(
+        "genie_engine_sleeps_total",
+        "How often a polling engine's thread went to sleep.",
+    );
+    for (path, engine) in &engines {
+        if let Some(idle) = engine.idle {
+            let labels = [("path", *path)];
+            page.sample("genie_engine_sleeps_total", &labels, idle.sleeps as f64);
+        }
+    }
+    page.gauge(
+        "genie_receive_ring_frames",
+        "A device's receive ring: its size, what peers may have in flight, what was granted.",
+    );
+    for (path, engine) in &engines {
+        let Some(ring) = engine.ring else { continue };
+        for (what, frames) in [
+            ("size", ring.frames),
+            ("credit", ring.credit),
+            ("granted", ring.granted),
+        ] {
+            let labels = [("path", *path), ("what", what)];
+            page.sample("genie_receive_ring_frames", &labels, frames as f64);
+        }
+    }
+    page.gauge(
+        "genie_device_mtu_bytes",
+        "The largest IP packet that a device carries.",
+    );
+    for (path, engine) in &engines {
+        if let Some(mtu) = engine.mtu {
+            page.sample("genie_device_mtu_bytes", &[("path", path)], mtu.into());
+        }
+    }
+}
+
 fn ports(page: &mut Page, transports: &[TransportStatus]) {
     let ports: Vec<_> = running(transports)
         .filter_map(|(path, engine)| Some((path, engine.port?)))
@@ -310,28 +399,58 @@ fn sessions(page: &mut Page, status: &AgentStatus) {
         let transfers: u64 = engine.sessions.iter().map(|one| one.transfers).sum();
         page.sample("genie_transfers", &[("path", path)], transfers as f64);
     }
-    page.gauge(
+    let paths = session_paths(status);
+    let mut gauge = |name: &str, help: &str, value: &dyn Fn(&SessionSnapshot) -> Option<f64>| {
+        page.gauge(name, help);
+        for (path, peer, one) in &paths {
+            if let Some(value) = value(one) {
+                let id = one.session.0.to_string();
+                let labels = [("path", *path), ("peer", *peer), ("session", &id)];
+                page.sample(name, &labels, value);
+            }
+        }
+    };
+    gauge(
         "genie_session_round_trip_seconds",
         "Smoothed round trip of a session's path.",
+        &|one| Some(one.round_trip?.as_secs_f64()),
     );
+    gauge(
+        "genie_session_round_trip_min_seconds",
+        "The least round trip of a session's path.",
+        &|one| Some(one.round_trip_min?.as_secs_f64()),
+    );
+    gauge(
+        "genie_session_window_bytes",
+        "Congestion window of a session's path.",
+        &|one| Some(one.window_bytes? as f64),
+    );
+    gauge(
+        "genie_session_in_flight_bytes",
+        "Bytes of packets in flight on a session's path.",
+        &|one| Some(one.in_flight_bytes? as f64),
+    );
+    gauge(
+        "genie_session_granted_frames",
+        "Frames of the receive ring that a session's peer may have in flight.",
+        &|one| Some(one.granted? as f64),
+    );
+}
+
+/// Engines' sessions with the path and the peer of each; names of peers are the
+/// control plane's.
+fn session_paths(status: &AgentStatus) -> Vec<(&str, &str, &SessionSnapshot)> {
+    let mut paths = Vec::new();
     for (path, engine) in running(&status.transports) {
         for one in &engine.sessions {
-            // Names of peers are the control plane's.
-            let peer = status
+            let of = status
                 .sessions
                 .iter()
                 .find(|session| session.session == one.session.0 && session.path == path);
-            if let (Some(peer), Some(round_trip)) = (peer, one.round_trip) {
-                let id = one.session.0.to_string();
-                let labels = [("path", path), ("peer", &peer.peer), ("session", &id)];
-                page.sample(
-                    "genie_session_round_trip_seconds",
-                    &labels,
-                    round_trip.as_secs_f64(),
-                );
-            }
+            paths.extend(of.map(|session| (path, &session.peer[..], one)));
         }
     }
+    paths
 }
 
 fn running(transports: &[TransportStatus]) -> impl Iterator<Item = (&str, &Snapshot)> {
