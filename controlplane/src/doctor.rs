@@ -67,7 +67,7 @@ pub struct Wanted {
 type Check = fn(&dyn System, &Wanted) -> Vec<Finding>;
 
 /// All checks, in the order of the report.
-const CHECKS: [Check; 13] = [
+const CHECKS: [Check; 16] = [
     network::loopback,
     host::agent,
     host::socket,
@@ -77,9 +77,12 @@ const CHECKS: [Check; 13] = [
     network::cards,
     network::iommu,
     network::mtu,
+    network::offloads,
+    network::device_offloads,
     host::capabilities,
     host::limits,
     host::clock,
+    host::synchronisation,
     host::cuda,
 ];
 

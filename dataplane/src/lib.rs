@@ -10,6 +10,7 @@
 
 #![deny(unsafe_code)]
 
+pub mod clock;
 pub mod device;
 pub mod dpdk;
 pub mod endpoint;

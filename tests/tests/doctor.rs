@@ -89,6 +89,17 @@ fn every_finding_that_is_not_well_says_why() {
         let is_well = finding["state"] == "ok";
         assert_eq!(finding["mend"].is_null(), is_well, "{finding}");
     }
+    let clock = find(&report, "clock synchronisation");
+    if clock["state"] == "warn" {
+        let advice = mend(clock).join(" ");
+        assert!(advice.ends_with("timedatectl set-ntp true"), "{advice}");
+    }
+    for name in std::fs::read_dir("/sys/class/net").unwrap().flatten() {
+        if name.path().join("device").exists() {
+            let name = name.file_name().into_string().expect("UTF-8");
+            find(&report, &format!("offloads of {name}"));
+        }
+    }
     let agent = find(&report, "agent");
     assert_eq!(mend(agent)[..2], ["genie", "agent"]);
 }

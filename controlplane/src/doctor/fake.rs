@@ -5,12 +5,13 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use genie_dataplane::clock::Clock;
 use genie_hugepages::{PageSize, Pool, Survey, Transparent};
 
 use super::system::{AgentReply, Bind, DpdkLack, PeerReply, System};
 use super::{Finding, Report, State, Wanted, examine};
 use crate::session::testing;
-use crate::status::{AgentStatus, PeerStatus, SessionStatus};
+use crate::status::{AgentStatus, PeerStatus, SessionStatus, TransportStatus};
 
 /// A server of root's with everything, unless a test takes something away.
 struct Fake {
@@ -24,10 +25,20 @@ struct Fake {
     loopback: Result<(), String>,
     taken: Vec<SocketAddr>,
     year: u64,
+    synchronised: bool,
+    offloads: Option<String>,
     agent: AgentReply,
     session: Result<SessionStatus, String>,
     peer: PeerReply,
 }
+
+const OFFLOADS: &str = "Features for eth0:\n\
+    rx-checksumming: on\n\
+    tx-checksumming: on\n\
+    \ttx-checksum-ipv4: off [fixed]\n\
+    scatter-gather: on\n\
+    tcp-segmentation-offload: on\n\
+    generic-receive-offload: on\n";
 
 const NIC: &str = "/sys/bus/pci/devices/0000:3b:00.0";
 
@@ -72,6 +83,8 @@ impl Fake {
             loopback: Ok(()),
             taken: Vec::new(),
             year: 2030,
+            synchronised: true,
+            offloads: Some(OFFLOADS.to_owned()),
             agent: AgentReply::Status(Box::new(status())),
             session: Err("no session".to_owned()),
             peer: PeerReply::Genie(Duration::from_micros(80)),
@@ -200,6 +213,17 @@ impl System for Fake {
 
     fn now(&self) -> SystemTime {
         UNIX_EPOCH + Duration::from_secs((self.year - 1970) * 365 * 24 * 3600)
+    }
+
+    fn clock(&self) -> Result<Clock, String> {
+        Ok(Clock {
+            synchronised: self.synchronised,
+            error_most: Duration::from_millis(3),
+        })
+    }
+
+    fn offloads(&self, _: &str) -> Option<String> {
+        self.offloads.clone()
     }
 
     fn agent(&self, _: &Path) -> AgentReply {
@@ -373,6 +397,61 @@ fn a_clock_that_is_slow_or_wrong_is_noticed() {
     machine.set(&format!("{folder}/available_clocksource"), "tsc hpet\n");
     let mend = machine.find("clock").mend.unwrap();
     assert!(mend.contains("echo tsc"), "{mend}");
+}
+
+#[test]
+fn a_clock_that_nobody_keeps_in_step_is_noticed() {
+    let mut machine = Fake::new();
+    let synchronised = machine.find("clock synchronisation");
+    assert!(synchronised.why.contains("3 ms"), "{synchronised:?}");
+    machine.synchronised = false;
+    machine.uid = 1000;
+    is(
+        &machine.find("clock synchronisation"),
+        State::Warn,
+        "sudo timedatectl set-ntp true",
+    );
+}
+
+#[test]
+fn offloads_that_are_off_can_be_turned_on_and_those_that_are_missing_are_said() {
+    let mut machine = Fake::new();
+    machine.offloads = Some(
+        OFFLOADS
+            .replace("scatter-gather: on", "scatter-gather: off")
+            .replace("tx-checksumming: on", "tx-checksumming: off")
+            .replace(
+                "generic-receive-offload: on",
+                "generic-receive-offload: off [fixed]",
+            ),
+    );
+    let found = machine.find("offloads of eth0");
+    is(&found, State::Warn, "ethtool -K eth0 tx on sg on");
+    assert!(found.why.contains("generic-receive-offload"), "{found:?}");
+    machine.offloads = None;
+    is(
+        &machine.find("offloads of eth0"),
+        State::Warn,
+        "apt-get install -y ethtool",
+    );
+    // What the agent's device lacks is said by itself.
+    let mut status = status();
+    let engine = genie_dataplane::engine::Snapshot {
+        driver: "net_some".to_owned(),
+        lacks: vec!["receive interrupts".to_owned()],
+        ..Default::default()
+    };
+    status.transports = vec![TransportStatus {
+        transport: "dpdk".to_owned(),
+        path: Some("dpdk:net_some".to_owned()),
+        data: None,
+        reason: None,
+        engine: Some(engine),
+    }];
+    machine.agent = AgentReply::Status(Box::new(status));
+    let found = machine.find("offloads of net_some");
+    assert_eq!((found.state, found.mend), (State::Ok, None));
+    assert!(found.why.contains("receive interrupts"), "{}", found.why);
 }
 
 #[test]

@@ -239,6 +239,22 @@ pub(super) fn clock(system: &dyn System, _: &Wanted) -> Vec<Finding> {
     }]
 }
 
+pub(super) fn synchronisation(system: &dyn System, _: &Wanted) -> Vec<Finding> {
+    let what = "clock synchronisation";
+    vec![match system.clock() {
+        Ok(clock) if clock.synchronised => {
+            let most = clock.error_most.as_millis();
+            Finding::ok(what, format!("in step with the world, within {most} ms"))
+        }
+        Ok(_) => {
+            let why = "nobody keeps it in step (NTP): certificates may seem expired or not yet \
+                       valid, and times in logs of several hosts do not compare";
+            Finding::warn(what, why, as_root(system, "timedatectl set-ntp true"))
+        }
+        Err(why) => Finding::ok(what, format!("the kernel does not say: {why}")),
+    }]
+}
+
 pub(super) fn cuda(system: &dyn System, _: &Wanted) -> Vec<Finding> {
     let what = "CUDA";
     vec![match system.cuda() {

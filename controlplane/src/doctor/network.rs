@@ -122,8 +122,97 @@ pub(super) fn iommu(system: &dyn System, _: &Wanted) -> Vec<Finding> {
     vec![Finding::ok(what, "on, and loaded")]
 }
 
+/// What a card should do for the kernel's TCP: ethtool's name and its short one.
+const OFFLOADS: [(&str, &str); 5] = [
+    ("rx-checksumming", "rx"),
+    ("tx-checksumming", "tx"),
+    ("scatter-gather", "sg"),
+    ("tcp-segmentation-offload", "tso"),
+    ("generic-receive-offload", "gro"),
+];
+
+pub(super) fn offloads(system: &dyn System, _: &Wanted) -> Vec<Finding> {
+    let mut interfaces = system.list(NET);
+    // Cards, not bridges, tunnels and loopback.
+    interfaces.retain(|name| system.link(&format!("{NET}/{name}/device")).is_some());
+    interfaces
+        .iter()
+        .map(|name| interface_offloads(system, name))
+        .collect()
+}
+
+fn interface_offloads(system: &dyn System, name: &str) -> Finding {
+    let what = format!("offloads of {name}");
+    let Some(features) = system.offloads(name) else {
+        let mend = as_root(system, "apt-get install -y ethtool");
+        return Finding::warn(what, "ethtool cannot be run to ask for them", mend);
+    };
+    let state = |feature: &str| {
+        let mut lines = features.lines();
+        lines.find_map(|line| line.strip_prefix(feature)?.strip_prefix(": "))
+    };
+    let (mut missing, mut off) = (Vec::new(), Vec::new());
+    for (feature, short) in OFFLOADS {
+        match state(feature) {
+            Some("off") => off.push((feature, short)),
+            Some(state) if !state.starts_with("off") => {}
+            _ => missing.push(feature),
+        }
+    }
+    let lacks = |list: &[&str]| match list {
+        [] => String::new(),
+        list => format!("; the device lacks {}", list.join(", ")),
+    };
+    if off.is_empty() {
+        let why = match &missing[..] {
+            [] => "all that kernel TCP wants".to_owned(),
+            list => format!("the device lacks {}: the CPU does it", list.join(", ")),
+        };
+        return Finding::ok(what, why);
+    }
+    let names: Vec<&str> = off.iter().map(|(feature, _)| *feature).collect();
+    let why = format!(
+        "turned off, so the CPU does it for kernel TCP: {}{}",
+        names.join(", "),
+        lacks(&missing)
+    );
+    let turn_on: String = off
+        .iter()
+        .map(|(_, short)| format!(" {short} on"))
+        .collect();
+    Finding::warn(
+        what,
+        why,
+        as_root(system, &format!("ethtool -K {name}{turn_on}")),
+    )
+}
+
+/// What the device lacks that the agent on this host has opened.
+pub(super) fn device_offloads(system: &dyn System, wanted: &Wanted) -> Vec<Finding> {
+    let agent = wanted.socket.as_ref().map(|socket| system.agent(socket));
+    let Some(AgentReply::Status(status)) = agent else {
+        return Vec::new();
+    };
+    let engines = status
+        .transports
+        .iter()
+        .filter_map(|one| one.engine.as_ref());
+    let lacking = engines.filter(|engine| !engine.lacks.is_empty());
+    let finding = |engine: &genie_dataplane::engine::Snapshot| {
+        let what = format!("offloads of {}", engine.driver);
+        let lacks = engine.lacks.join(", ");
+        Finding::ok(
+            what,
+            format!("the device lacks {lacks}: the CPU does it, or does without"),
+        )
+    };
+    lacking.map(finding).collect()
+}
+
+const NET: &str = "/sys/class/net";
+
 pub(super) fn mtu(system: &dyn System, _: &Wanted) -> Vec<Finding> {
-    let folder = "/sys/class/net";
+    let folder = NET;
     let mut findings = Vec::new();
     for name in system.list(folder) {
         let read = |file| system.read(&format!("{folder}/{name}/{file}"));

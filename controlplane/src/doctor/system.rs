@@ -4,9 +4,11 @@ use std::collections::BTreeSet;
 use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
 use std::path::Path;
+use std::process::Command;
 use std::time::{Duration, Instant, SystemTime};
 
 use genie_client::{Client, ClientError};
+use genie_dataplane::clock::{self, Clock};
 use genie_dataplane::dpdk::{self, LoadError};
 use genie_dataplane::memory::accelerator::{self, MemoryKind};
 use genie_hugepages::{Root, Survey};
@@ -83,6 +85,11 @@ pub trait System {
     fn free_port(&self, address: SocketAddr) -> Option<u16>;
     /// The time.
     fn now(&self) -> SystemTime;
+    /// What the kernel says of its clock.
+    fn clock(&self) -> Result<Clock, String>;
+    /// What a network interface does for the CPU (ethtool -k); none if that
+    /// cannot be asked.
+    fn offloads(&self, interface: &str) -> Option<String>;
     /// The agent behind a socket.
     fn agent(&self, socket: &Path) -> AgentReply;
     /// Has the agent open a session with a peer; what it is, or why there is none.
@@ -185,6 +192,16 @@ impl System for Real {
 
     fn now(&self) -> SystemTime {
         SystemTime::now()
+    }
+
+    fn clock(&self) -> Result<Clock, String> {
+        clock::clock().map_err(|error| error.to_string())
+    }
+
+    fn offloads(&self, interface: &str) -> Option<String> {
+        let output = Command::new("ethtool").args(["-k", interface]).output();
+        let output = output.ok().filter(|output| output.status.success())?;
+        Some(String::from_utf8_lossy(&output.stdout).into_owned())
     }
 
     fn agent(&self, socket: &Path) -> AgentReply {
