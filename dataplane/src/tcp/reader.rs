@@ -6,6 +6,8 @@
 use std::io;
 use std::net::TcpStream;
 
+use genie_proto::Integrity;
+
 use super::frame::{HEADER_LEN, Header, Kind, Malformed};
 use super::socket::Scatter;
 use crate::memory::Lease;
@@ -28,6 +30,9 @@ pub(crate) struct Payload {
     pub(crate) target: Option<Lease>,
     /// What its CRC must be, once that is known.
     pub(crate) crc: Option<u32>,
+    /// CRC32C of the first `summed` bytes, if it has a target.
+    sum: u32,
+    summed: usize,
     done: usize,
 }
 
@@ -114,6 +119,20 @@ impl Reader {
         Ok(Outcome::Bytes { received, drained })
     }
 
+    /// Takes what the last read brought into the CRC of its payload, while the
+    /// kernel's copy has it in the nearest cache, and more may be arriving.
+    pub(crate) fn sum_up(&mut self, integrity: Integrity) {
+        let Some(payload) = &mut self.payload else {
+            return;
+        };
+        if let Some(target) = &payload.target {
+            let begin = payload.header.offset as usize;
+            let (sum, range) = (payload.sum, begin + payload.summed..begin + payload.done);
+            payload.sum = integrity.checksum(|| target.crc32c_append(sum, range));
+            payload.summed = payload.done;
+        }
+    }
+
     /// What the last read completed, in the order of the stream.
     pub(crate) fn next_item(&mut self) -> Result<Option<Item>, Malformed> {
         if self
@@ -159,6 +178,8 @@ impl Reader {
             crc: (!header.sum_follows()).then_some(header.crc),
             header,
             target,
+            sum: 0,
+            summed: 0,
             done: 0,
         });
     }
@@ -177,6 +198,11 @@ impl Reader {
 }
 
 impl Payload {
+    /// CRC32C of what is in its target, up to the last [`Reader::sum_up`].
+    pub(crate) fn sum(&self) -> u32 {
+        self.sum
+    }
+
     fn awaits_sum(&self) -> bool {
         self.crc.is_none()
     }
