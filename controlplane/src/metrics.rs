@@ -5,7 +5,9 @@
 //! are those that `genie status` shows, and what the control plane counts.
 
 mod counters;
+mod engines;
 mod exposition;
+mod page;
 mod server;
 
 use std::net::SocketAddr;
