@@ -85,23 +85,8 @@ impl Liar {
     pub fn connect(b: &Agent, name: &str) -> Self {
         let mut control = connect_from([127, 0, 0, 9], b.listen).expect("b takes it");
         exchange_preamble_blocking(&mut control).expect("b takes it");
-        let hello = Hello {
-            name: name.into(),
-            instance: Instance([9; 16]),
-            preference: "tcp".parse().expect("b takes it"),
-            offers: vec![Offer {
-                transport: Transport::Tcp,
-                local: Ok(Local::Tcp {
-                    data: SocketAddr::from(([127, 0, 0, 9], 1)),
-                    streams: 1,
-                }),
-            }],
-            liveness_ms: 60_000,
-            range_bytes: None,
-            data_security: Default::default(),
-        };
         let (token, ours) = (Token([7; 16]), SessionId(77));
-        write_blocking(&mut control, &Message::Hello(hello)).expect("b takes it");
+        write_blocking(&mut control, &Message::Hello(hello(name))).expect("b takes it");
         write_blocking(
             &mut control,
             &Message::Try {
@@ -128,6 +113,24 @@ impl Liar {
         Self {
             control,
             _data: data,
+        }
+    }
+
+    /// Why `b` does not take a session under this name.
+    ///
+    /// # Panics
+    /// If it does.
+    pub fn refusal(b: &Agent, name: &str) -> String {
+        let mut control = connect_from([127, 0, 0, 9], b.listen).expect("b listens");
+        exchange_preamble_blocking(&mut control).expect("b is of this version");
+        write_blocking(&mut control, &Message::Hello(hello(name))).expect("b reads it");
+        let mut next = || read_blocking::<Message>(&mut control, BODY_MAX).expect("b says why");
+        loop {
+            match next() {
+                Message::Hello(_) => {}
+                Message::Bye { reason } => return reason,
+                other => panic!("{other:?}"),
+            }
         }
     }
 
@@ -168,6 +171,25 @@ impl Liar {
                 Err(error) => panic!("neither an answer nor a goodbye: {error}"),
             }
         }
+    }
+}
+
+/// How a peer of this name introduces itself.
+fn hello(name: &str) -> Hello {
+    Hello {
+        name: name.into(),
+        instance: Instance([9; 16]),
+        preference: "tcp".parse().expect("b takes it"),
+        offers: vec![Offer {
+            transport: Transport::Tcp,
+            local: Ok(Local::Tcp {
+                data: SocketAddr::from(([127, 0, 0, 9], 1)),
+                streams: 1,
+            }),
+        }],
+        liveness_ms: 60_000,
+        range_bytes: None,
+        data_security: Default::default(),
     }
 }
 

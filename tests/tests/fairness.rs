@@ -176,6 +176,27 @@ fn a_flood_of_requests_is_refused_beyond_its_rate() {
 }
 
 #[test]
+fn a_peer_has_no_more_sessions_than_it_may() {
+    let folder = tempfile::tempdir().unwrap();
+    let (a, b) = start(folder.path(), &["--peer-sessions=2"]);
+    let good = Good::new(folder.path());
+    good.exchange(&a);
+    let liars = [Liar::connect(&b, "liar"), Liar::connect(&b, "liar")];
+    let refusal = Liar::refusal(&b, "liar");
+    assert!(refusal.contains("--peer-sessions"), "{refusal}");
+    assert!(refusal.contains("has 2 sessions"), "{refusal}");
+    assert_eq!(b.status()["identity"]["refused_peers"], 1);
+    good.exchange(&a);
+    drop(liars);
+    eventually("its sessions are forgotten", || {
+        let status = b.status();
+        let sessions = status["sessions"].as_array().expect("a list");
+        sessions.iter().all(|one| one["peer"] == "a").then_some(())
+    });
+    Liar::connect(&b, "liar");
+}
+
+#[test]
 fn peers_that_stop_in_the_middle_leave_room_for_others() {
     let folder = tempfile::tempdir().unwrap();
     let (a, b) = start(folder.path(), &[]);
