@@ -12,6 +12,7 @@
 
 #![allow(unsafe_code)]
 
+mod direct;
 mod library;
 mod open;
 pub mod pair;
@@ -19,6 +20,7 @@ mod port;
 mod spec;
 mod vdev;
 
+pub use direct::DirectFrame;
 pub use library::{Library, LoadError, load};
 pub use open::{OpenError, Options};
 pub use port::Port;

@@ -118,12 +118,16 @@ pub(super) fn open(
 
 fn bring_up(library: Library, spec: &DeviceSpec, options: &Options) -> Result<(), OpenError> {
     let file_prefix = CString::new(format!("genie-{}", std::process::id()))?;
-    let pci: Vec<&str> = spec
-        .pci_address()
+    // With its arguments: a device that is attached as DPDK comes up takes none later.
+    let first = match spec {
+        DeviceSpec::Pci(text) => Some(text.as_str()),
+        _ => None,
+    };
+    let pci: Vec<&str> = first
         .into_iter()
         .chain(options.pci.iter().map(String::as_str))
         .collect();
-    let pci_allow = CString::new(pci.join(","))?;
+    let pci_allow = CString::new(pci.join(";"))?;
     let config = abi::EalConfig {
         file_prefix: file_prefix.as_ptr(),
         pci_allow: pci_allow.as_ptr(),

@@ -27,17 +27,19 @@ const NO_HANDLE: u32 = u32::MAX;
 /// May only be used from the thread that opened it, which DPDK then knows.
 #[derive(Debug)]
 pub struct Port {
-    library: Library,
-    raw: NonNull<abi::Port>,
-    info: abi::PortInfo,
+    pub(super) library: Library,
+    pub(super) raw: NonNull<abi::Port>,
+    pub(super) info: abi::PortInfo,
+    /// The arguments it was opened with.
+    pub(super) arguments: String,
     capabilities: Capabilities,
     /// Beside each lease: the library's handle.
     attachments: Attachments<u32>,
     /// Regions mapped for the device's DMA.
     registrations: Registrations,
     /// Room for a burst, so that an idle poll need not clear any.
-    received: Box<[MaybeUninit<abi::RxFrame>; BURST_MAX]>,
-    unusable_frames: u64,
+    pub(super) received: Box<[MaybeUninit<abi::RxFrame>; BURST_MAX]>,
+    pub(super) unusable_frames: u64,
     _claim: Option<Claim>,
 }
 
@@ -46,10 +48,15 @@ impl Port {
     /// the device. To be called on the thread that will use the port.
     pub fn open(spec: &DeviceSpec, options: &Options) -> Result<Self, OpenError> {
         let (library, raw, claim) = super::open::open(spec, options)?;
-        Ok(Self::new(library, raw, claim))
+        Ok(Self::new(library, raw, claim, spec.to_string()))
     }
 
-    fn new(library: Library, raw: NonNull<abi::Port>, claim: Option<Claim>) -> Self {
+    fn new(
+        library: Library,
+        raw: NonNull<abi::Port>,
+        claim: Option<Claim>,
+        arguments: String,
+    ) -> Self {
         let api = library.api();
         let mut info = MaybeUninit::<abi::PortInfo>::uninit();
         // SAFETY: an open port; `info` is written.
@@ -73,6 +80,7 @@ impl Port {
             library,
             raw,
             info,
+            arguments,
             capabilities,
             attachments: Attachments::new(),
             registrations: Registrations::default(),
@@ -392,15 +400,15 @@ fn lacks(caps: u64) -> Vec<String> {
 }
 
 /// Received frames, given back on drop, also when `on_frame` panics.
-struct Burst {
-    library: Library,
-    raw: NonNull<abi::Port>,
-    first: *const abi::RxFrame,
-    count: u32,
+pub(super) struct Burst {
+    pub(super) library: Library,
+    pub(super) raw: NonNull<abi::Port>,
+    pub(super) first: *const abi::RxFrame,
+    pub(super) count: u32,
 }
 
 impl Burst {
-    fn frames(&self) -> &[abi::RxFrame] {
+    pub(super) fn frames(&self) -> &[abi::RxFrame] {
         // SAFETY: `rx_burst` wrote that many at `first`, in a box of the port's.
         unsafe { std::slice::from_raw_parts(self.first, self.count as usize) }
     }

@@ -1,10 +1,12 @@
 //! Which device to open, as an operator writes it.
 
 use std::fmt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
+
+use crate::memory::accelerator::direct::device_arguments;
 
 /// A device: `pci:0000:3b:00.0`, `vdev:net_memif0,role=client`, `pair:/run/genie/pair`.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -53,6 +55,22 @@ impl DeviceSpec {
             Self::Pci(text) => text.split(',').next(),
             _ => None,
         }
+    }
+
+    /// The device with the arguments that GPUDirect needs of its driver, which
+    /// is told from the card's vendor in `sys`.
+    pub fn for_gpudirect(self, sys: &Path) -> Self {
+        let Self::Pci(text) = self else { return self };
+        let address = text.split(',').next().unwrap_or_default();
+        let vendor = sys.join("bus/pci/devices").join(address).join("vendor");
+        let vendor = std::fs::read_to_string(vendor).unwrap_or_default();
+        // Mellanox.
+        let driver = if vendor.trim() == "0x15b3" {
+            "mlx5_pci"
+        } else {
+            ""
+        };
+        Self::Pci(device_arguments(driver, &text))
     }
 }
 
@@ -159,6 +177,31 @@ mod tests {
         }
         let spec: DeviceSpec = "pci:0000:3b:00.0,mprq_en=1".parse().unwrap();
         assert_eq!(spec.pci_address(), Some("0000:3b:00.0"));
+    }
+
+    #[test]
+    fn cards_whose_driver_reads_payloads_get_an_argument_against_it() {
+        let sys = tempfile::tempdir().unwrap();
+        let of = |address: &str, vendor: &str| {
+            let folder = sys.path().join("bus/pci/devices").join(address);
+            std::fs::create_dir_all(&folder).unwrap();
+            std::fs::write(folder.join("vendor"), vendor).unwrap();
+        };
+        of("0000:3b:00.0", "0x15b3\n");
+        of("0000:3c:00.0", "0x8086\n");
+        for (given, opened) in [
+            ("pci:0000:3b:00.0", "pci:0000:3b:00.0,txq_inline_max=0"),
+            (
+                "pci:0000:3b:00.0,txq_inline_max=64",
+                "pci:0000:3b:00.0,txq_inline_max=64",
+            ),
+            ("pci:0000:3c:00.0", "pci:0000:3c:00.0"),
+            ("pci:0000:3d:00.0", "pci:0000:3d:00.0"),
+            ("pair:/tmp/x", "pair:/tmp/x"),
+        ] {
+            let spec: DeviceSpec = given.parse().unwrap();
+            assert_eq!(spec.for_gpudirect(sys.path()).to_string(), opened);
+        }
     }
 
     #[test]

@@ -80,6 +80,9 @@ pub trait Accelerator: Send + Sync + fmt::Debug {
 
     /// A new stream: copies of one stream are done in order, those of two are not.
     fn stream(&self) -> Result<Box<dyn Stream>, AcceleratorError>;
+
+    /// Its part of GPUDirect.
+    fn direct(&self) -> Box<dyn direct::DeviceSide>;
 }
 
 /// An ordered queue of copies. May be used by one thread at a time.

@@ -21,7 +21,7 @@ use core::ffi::{c_char, c_void};
 pub const SYMBOL: &str = "genie_dpdk_api";
 
 /// Version of the layout; checked before anything behind it is touched.
-pub const ABI_VERSION: u32 = 2;
+pub const ABI_VERSION: u32 = 3;
 
 /// Version of the workspace and a hash of this file.
 pub const BUILD_ID: &str = env!("GENIE_DPDK_BUILD_ID");
@@ -49,7 +49,8 @@ pub struct Text {
 pub struct EalConfig {
     /// Distinguishes this process's run-time files; NUL-terminated, not null.
     pub file_prefix: *const c_char,
-    /// PCI addresses to use, separated by commas; null or empty keeps the PCI bus off.
+    /// PCI devices to use, separated by semicolons, each an address with its
+    /// arguments behind commas; null or empty keeps the PCI bus off.
     pub pci_allow: *const c_char,
     /// Memory for the DPDK heap, in MiB.
     pub memory_mib: u32,
@@ -143,9 +144,17 @@ pub struct RxFrame {
     pub data: *const u8,
     /// Bytes at `data`.
     pub data_len: u32,
-    /// Bytes of the whole frame; more than `data_len` only where a frame came
-    /// in segments that did not fit into one buffer. Such a frame is unusable.
+    /// Bytes of the whole frame; more than `data_len` and `payload_len` only
+    /// where a frame came in segments that did not fit into one buffer. Such a
+    /// frame is unusable.
     pub frame_len: u32,
+    /// Where the payload is if it is apart, in memory that the CPU may be unable
+    /// to read; null if it is behind the header. See [`Api::rx_segments`].
+    pub payload: *const u8,
+    /// Bytes at `payload`.
+    pub payload_len: u32,
+    /// Zero.
+    pub reserved: u32,
 }
 
 /// A frame to send: bytes that are copied, then optionally bytes that are not.
@@ -164,6 +173,22 @@ pub struct TxFrame {
     pub attachment: u32,
     /// Must be zero.
     pub reserved: u32,
+}
+
+/// Memory that is no memory of the CPU's, such as a GPU's, as whole pages.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct DeviceMemory {
+    /// Its first byte. Never read or written by the library.
+    pub base: *mut u8,
+    /// Its length in bytes.
+    pub len: u64,
+    /// Size of its pages in bytes.
+    pub page_bytes: u64,
+    /// The port's address of each page; null where it is the memory's own.
+    pub iovas: *const u64,
+    /// How many addresses there are.
+    pub iova_count: u64,
 }
 
 /// Counters of an open port, since it was opened.
@@ -267,6 +292,33 @@ pub struct Api {
     /// so a burst must find none before a thread sleeps. Fails while there is
     /// nobody at the other end.
     pub rx_interrupt: unsafe extern "C" fn(*mut Port, u32) -> i32,
+    /// Delivers frames of two segments as such (1), the second untouched by the
+    /// CPU, or made one (0), as it is at first.
+    pub rx_segments: unsafe extern "C" fn(*mut Port, u32) -> i32,
+    /// The port's addresses of a memory's pages, into an array of one for each.
+    /// Returns how many: none where the memory's own addresses are the port's.
+    pub direct_iovas:
+        unsafe extern "C" fn(*const Port, *const DeviceMemory, *mut u64, *mut Text) -> i64,
+    /// Tells DPDK of the memory (`rte_extmem_register`).
+    pub direct_register: unsafe extern "C" fn(*mut Port, *const DeviceMemory, *mut Text) -> i32,
+    /// Undoes [`Api::direct_register`].
+    pub direct_unregister: unsafe extern "C" fn(*mut Port, *const DeviceMemory, *mut Text) -> i32,
+    /// Lets the port reach the memory (`rte_dev_dma_map`).
+    pub direct_map: unsafe extern "C" fn(*mut Port, *const DeviceMemory, *mut Text) -> i32,
+    /// Undoes [`Api::direct_map`].
+    pub direct_unmap: unsafe extern "C" fn(*mut Port, *const DeviceMemory, *mut Text) -> i32,
+    /// Makes packet buffers for so many payload bytes each in the memory
+    /// (`rte_pktmbuf_pool_create_extbuf`), one pool a port; returns how many.
+    pub direct_pool: unsafe extern "C" fn(*mut Port, *const DeviceMemory, u16, *mut Text) -> i64,
+    /// Undoes [`Api::direct_pool`]; `-EBUSY` while a buffer is out.
+    pub direct_pool_free: unsafe extern "C" fn(*mut Port, *mut Text) -> i32,
+    /// Receives what is behind so many bytes, or behind the UDP header where
+    /// that is 0, into the buffers of [`Api::direct_pool`]. Stops the queue for
+    /// a moment; frames in it are lost. Where it fails the port receives as
+    /// before, or, if not even that can be had, is stopped.
+    pub direct_split: unsafe extern "C" fn(*mut Port, u16, *mut Text) -> i32,
+    /// Undoes [`Api::direct_split`] in the same way.
+    pub direct_join: unsafe extern "C" fn(*mut Port, *mut Text) -> i32,
 }
 
 impl Text {
@@ -328,10 +380,11 @@ assert_layout! {
     EalConfig: 24, 8;
     PortConfig: 24, 8;
     PortInfo: 64, 8;
-    RxFrame: 24, 8;
+    RxFrame: 40, 8;
     TxFrame: 32, 8;
     PortStats: 80, 8;
-    Api: 176, 8;
+    DeviceMemory: 40, 8;
+    Api: 256, 8;
 }
 
 #[cfg(test)]

@@ -14,6 +14,8 @@ use genie_dpdk_abi::{
 };
 use genie_dpdk_sys as sys;
 
+mod direct;
+
 use crate::eal::{self, EalOptions};
 use crate::errno::Errno;
 use crate::port::{OpenError, Port, PortOptions};
@@ -58,6 +60,16 @@ pub extern "C" fn genie_dpdk_api() -> *const Api {
             mem_unregister,
             rx_wait_fd,
             rx_interrupt,
+            rx_segments,
+            direct_iovas: direct::iovas,
+            direct_register: direct::register,
+            direct_unregister: direct::unregister,
+            direct_map: direct::map,
+            direct_unmap: direct::unmap,
+            direct_pool: direct::pool,
+            direct_pool_free: direct::pool_free,
+            direct_split: direct::split,
+            direct_join: direct::join,
         })
     };
     guard(std::ptr::null(), || &raw const TABLE.get_or_init(make).0)
@@ -119,7 +131,7 @@ unsafe extern "C" fn eal_init(config: *const EalConfig, text: *mut Text) -> i32 
         // SAFETY: as above.
         let pci_allow = unsafe { string(config.pci_allow) };
         let pci_allow = pci_allow
-            .split(',')
+            .split(';')
             .filter(|one| !one.is_empty())
             .map(str::to_owned);
         let options = EalOptions {
@@ -384,5 +396,14 @@ unsafe extern "C" fn rx_interrupt(port: *mut PortHandle, on: u32) -> i32 {
         port.queues
             .set_rx_interrupt(on != 0)
             .map_or_else(Errno::status, |()| STATUS_OK)
+    })
+}
+
+unsafe extern "C" fn rx_segments(port: *mut PortHandle, keep: u32) -> i32 {
+    guard(STATUS_PANIC, || {
+        // SAFETY: a live handle, by the ABI.
+        let port = unsafe { port_mut(port) };
+        port.queues.keeps_segments = keep != 0;
+        STATUS_OK
     })
 }

@@ -112,6 +112,12 @@ pub(crate) fn traits(driver: &str, devargs: &str) -> Traits {
             hides_mtu: true,
             ..VIRTUAL
         },
+        // Passes packet buffers on as they are, to itself or within a process.
+        "net_ring" => Traits {
+            external: External::Any,
+            copies: (false, false),
+            ..VIRTUAL
+        },
         // Sends garbage for chains and for external buffers. The kernel keeps
         // `XDP_PACKET_HEADROOM` of each buffer, and none may be shorter than
         // the driver's own frame.

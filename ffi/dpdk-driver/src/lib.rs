@@ -21,6 +21,8 @@ mod abi;
 #[cfg(dpdk)]
 mod capability;
 #[cfg(dpdk)]
+mod direct;
+#[cfg(dpdk)]
 mod eal;
 #[cfg(dpdk)]
 mod errno;

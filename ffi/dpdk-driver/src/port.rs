@@ -97,6 +97,8 @@ pub(crate) struct Port {
     external: External,
     rx_pool: Mempool,
     tx_pool: Mempool,
+    /// Packet buffers in a GPU's memory; see [`crate::direct`].
+    pub(crate) device_pool: Option<Mempool>,
     info: abi::PortInfo,
     stopped: bool,
 }
@@ -197,6 +199,7 @@ impl Port {
             external,
             rx_pool,
             tx_pool,
+            device_pool: None,
             info,
             stopped: false,
         })
@@ -204,6 +207,25 @@ impl Port {
 
     pub(crate) fn info(&self) -> &abi::PortInfo {
         &self.info
+    }
+
+    /// DPDK's number of it.
+    pub(crate) fn number(&self) -> u16 {
+        self.device.port
+    }
+
+    pub(crate) fn raw_device(&self) -> *mut sys::rte_device {
+        self.device.device
+    }
+
+    pub(crate) fn rx_pool(&self) -> &Mempool {
+        &self.rx_pool
+    }
+
+    /// For a port that was stopped and cannot be started again.
+    pub(crate) fn give_up(&mut self) {
+        self.stopped = true;
+        self.queues.drop_pending();
     }
 
     pub(crate) fn external(&self) -> &External {
@@ -266,11 +288,13 @@ impl Port {
             external,
             rx_pool,
             tx_pool,
+            device_pool,
             ..
         } = self;
         drop(queues);
         drop(device);
-        let missing = rx_pool.in_use() + tx_pool.in_use();
+        let apart = device_pool.as_ref().map_or(0, Mempool::in_use);
+        let missing = rx_pool.in_use() + tx_pool.in_use() + apart;
         if external.in_flight() {
             // A packet buffer that never came back points into the table.
             std::mem::forget(external);

@@ -19,6 +19,8 @@ pub(crate) struct QueuePair {
     pending: MbufBurst,
     /// Whether the driver can be asked for sent packet buffers.
     has_done_cleanup: bool,
+    /// Whether frames in two segments are left so.
+    pub(crate) keeps_segments: bool,
     pub(crate) copied_bytes: u64,
     pub(crate) bad_frames: u64,
 }
@@ -34,6 +36,7 @@ impl QueuePair {
             mode,
             pending,
             has_done_cleanup: true,
+            keeps_segments: false,
             copied_bytes: 0,
             bad_frames: 0,
         }
@@ -44,9 +47,10 @@ impl QueuePair {
         self.offer_pending();
         let room = frames.len().min(genie_dpdk_abi::BURST_MAX) as u16;
         let frames = frames.as_mut_ptr().cast::<sys::genie_rx_frame>();
+        let keeps = self.keeps_segments;
         // SAFETY: the port is started (see `new`); the two frame types have one
         // layout, asserted below; at most `room` are written.
-        usize::from(unsafe { sys::genie_rx_burst(self.port, QUEUE, frames, room) })
+        usize::from(unsafe { sys::genie_rx_burst(self.port, QUEUE, frames, room, keeps) })
     }
 
     /// Frees received frames.
@@ -156,6 +160,6 @@ macro_rules! assert_offsets {
 }
 
 assert_offsets! {
-    genie_rx_frame = RxFrame { mbuf, data, data_len, frame_len }
+    genie_rx_frame = RxFrame { mbuf, data, data_len, frame_len, payload, payload_len }
     genie_tx_frame = TxFrame { head, payload, head_len, payload_len, attachment }
 }

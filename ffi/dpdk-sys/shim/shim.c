@@ -2,11 +2,12 @@
 
 #include <string.h>
 
-_Static_assert(sizeof(struct genie_rx_frame) == 24, "as in ffi/dpdk-abi");
+_Static_assert(sizeof(struct genie_rx_frame) == 40, "as in ffi/dpdk-abi");
 _Static_assert(sizeof(struct genie_tx_frame) == 32, "as in ffi/dpdk-abi");
 _Static_assert(RTE_PKTMBUF_HEADROOM <= 1024, "the driver's buffer size allows for it");
 
-uint16_t genie_rx_burst(uint16_t port, uint16_t queue, struct genie_rx_frame *frames, uint16_t n)
+uint16_t genie_rx_burst(uint16_t port, uint16_t queue, struct genie_rx_frame *frames, uint16_t n,
+			bool keep_segments)
 {
 	struct rte_mbuf *mbufs[GENIE_BURST_MAX];
 
@@ -14,7 +15,12 @@ uint16_t genie_rx_burst(uint16_t port, uint16_t queue, struct genie_rx_frame *fr
 	for (uint16_t i = 0; i < n; i++) {
 		struct rte_mbuf *m = mbufs[i];
 
-		if (unlikely(m->nb_segs > 1)) {
+		const struct rte_mbuf *apart = NULL;
+
+		if (keep_segments) {
+			if (m->nb_segs == 2)
+				apart = m->next;
+		} else if (unlikely(m->nb_segs > 1)) {
 			/* Where it fails the frame stays as it is, and is
 			 * recognised by data_len < frame_len. */
 			(void)rte_pktmbuf_linearize(m);
@@ -24,6 +30,9 @@ uint16_t genie_rx_burst(uint16_t port, uint16_t queue, struct genie_rx_frame *fr
 			.data = rte_pktmbuf_mtod(m, const uint8_t *),
 			.data_len = m->data_len,
 			.frame_len = m->pkt_len,
+			/* Only the address: the bytes may be a GPU's. */
+			.payload = apart ? rte_pktmbuf_mtod(apart, const uint8_t *) : NULL,
+			.payload_len = apart ? apart->data_len : 0,
 		};
 	}
 	return n;

@@ -17,6 +17,7 @@
 #include <rte_ethdev.h>
 #include <rte_lcore.h>
 #include <rte_mbuf.h>
+#include <rte_memory.h>
 #include <rte_mempool.h>
 #include <rte_version.h>
 
@@ -28,6 +29,9 @@ struct genie_rx_frame {
 	const uint8_t *data;
 	uint32_t data_len;
 	uint32_t frame_len;
+	const uint8_t *payload;
+	uint32_t payload_len;
+	uint32_t reserved;
 };
 
 /* A frame to send: see TxFrame of the ABI. */
@@ -74,8 +78,10 @@ struct genie_tx_built {
 };
 
 /* Receives up to GENIE_BURST_MAX frames and describes them. A frame in several
- * segments is made one where the first has room for it. */
-uint16_t genie_rx_burst(uint16_t port, uint16_t queue, struct genie_rx_frame *frames, uint16_t n);
+ * segments is made one where the first has room for it, unless they are to be
+ * kept: then two are described as they are, and not read. */
+uint16_t genie_rx_burst(uint16_t port, uint16_t queue, struct genie_rx_frame *frames, uint16_t n,
+			bool keep_segments);
 
 /* Frees received frames. */
 void genie_rx_free(const struct genie_rx_frame *frames, uint32_t n);
@@ -108,6 +114,8 @@ struct genie_offloads genie_offloads(void);
 enum {
 	GENIE_LCORE_ID_ANY = LCORE_ID_ANY,
 	GENIE_PKTMBUF_HEADROOM = RTE_PKTMBUF_HEADROOM,
+	/* Behind the UDP header of what Genie sends by default. */
+	GENIE_PTYPE_UDP = RTE_PTYPE_L2_ETHER | RTE_PTYPE_L3_IPV6 | RTE_PTYPE_L4_UDP,
 	GENIE_DEV_INTR_LSC = RTE_ETH_DEV_INTR_LSC,
 };
 

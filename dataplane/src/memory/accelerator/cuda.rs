@@ -398,6 +398,12 @@ impl Accelerator for Cuda {
     fn stream(&self) -> Result<Box<dyn Stream>, AcceleratorError> {
         Ok(Box::new(stream::CudaStream::new(&self.device)?))
     }
+
+    fn direct(&self) -> Box<dyn super::direct::DeviceSide> {
+        Box::new(Self {
+            device: Arc::clone(&self.device),
+        })
+    }
 }
 
 impl Device {

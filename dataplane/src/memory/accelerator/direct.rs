@@ -142,9 +142,9 @@ pub struct Refused {
 }
 
 /// Device memory that a card's payloads go to. Undone when dropped.
-pub struct Direct {
+pub struct Direct<'a> {
     device: Box<dyn DeviceSide>,
-    port: Box<dyn PortSide>,
+    port: Box<dyn PortSide + 'a>,
     memory: Mapped,
     flushes: bool,
     /// What is to be undone, the last first.
@@ -153,14 +153,14 @@ pub struct Direct {
     lease: Option<DeviceLease>,
 }
 
-impl Direct {
+impl<'a> Direct<'a> {
     /// Takes every step, or none.
     ///
     /// `lease` is kept until the card cannot reach it any more; of it, whole
     /// pages of the device are used.
     pub fn open(
         device: Box<dyn DeviceSide>,
-        port: Box<dyn PortSide>,
+        port: Box<dyn PortSide + 'a>,
         lease: DeviceLease,
         buffer_bytes: u16,
         split: Split,
@@ -262,7 +262,7 @@ impl Direct {
     }
 }
 
-impl Drop for Direct {
+impl Drop for Direct<'_> {
     fn drop(&mut self) {
         while let Some(step) = self.done.pop() {
             if let Err(reason) = self.undo(step) {
@@ -276,7 +276,7 @@ impl Drop for Direct {
     }
 }
 
-impl fmt::Debug for Direct {
+impl fmt::Debug for Direct<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut shown = f.debug_struct("Direct");
         shown

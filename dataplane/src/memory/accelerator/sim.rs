@@ -8,6 +8,7 @@
 //! refused. It is slower than any real one, and what it does is no measurement.
 
 mod config;
+mod direct;
 mod worker;
 
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
@@ -30,6 +31,10 @@ const INVALID_VALUE: u32 = 1;
 const OUT_OF_MEMORY: u32 = 2;
 /// `CUDA_ERROR_ECC_UNCORRECTABLE`, which is sticky.
 const ECC_UNCORRECTABLE: u32 = 214;
+/// `CUDA_ERROR_HOST_MEMORY_ALREADY_REGISTERED`.
+const ALREADY_REGISTERED: u32 = 712;
+/// `CUDA_ERROR_NOT_SUPPORTED`.
+const NOT_SUPPORTED: u32 = 801;
 /// `CUDA_ERROR_UNKNOWN`.
 const UNKNOWN: u32 = 999;
 
@@ -64,6 +69,10 @@ struct State {
     signalled: HashSet<u64>,
     /// Copies until one fails, and how.
     failing: Option<(u64, Fault)>,
+    /// Pins that are still to be refused.
+    refusing_pins: u32,
+    /// What a real device would have answered with undefined behaviour.
+    violations: Vec<String>,
     sticky: Option<AcceleratorError>,
     copies_done: u64,
     held: bool,
@@ -115,11 +124,16 @@ impl Sim {
             granularity: rustix::param::page_size(),
             driver: "simulated".into(),
             exports: true,
-            gpudirect: Err("no network card reaches simulated memory".into()),
+            gpudirect: if config.gpudirect {
+                Ok(())
+            } else {
+                Err("no network card reaches simulated memory".into())
+            },
         };
         let shared = Arc::new(Shared {
             state: Mutex::new(State {
                 failing: config.fail_copy,
+                refusing_pins: config.refuse_pins,
                 ..State::default()
             }),
             config,
@@ -162,6 +176,19 @@ impl Sim {
     /// Pieces of host memory that are pinned.
     pub fn pinned(&self) -> usize {
         self.shared.lock().pinned.len()
+    }
+
+    /// Refuses the next `count` pins, as a driver does that cannot register the
+    /// pages.
+    pub fn refuse_pins(&self, count: u32) {
+        self.shared.lock().refusing_pins = count;
+    }
+
+    /// What was done in an order that a real device does not forgive: memory
+    /// unpinned that was not pinned, that copies still wait for, or that was
+    /// unmapped before.
+    pub fn violations(&self) -> Vec<String> {
+        self.shared.lock().violations.clone()
     }
 
     /// A new event, for [`Stream::wait_for`] and [`Stream::signal`].
@@ -290,12 +317,39 @@ impl Accelerator for Sim {
     unsafe fn pin(&self, host: *mut u8, len: usize) -> Result<(), AcceleratorError> {
         let mut state = self.shared.lock();
         state.alive()?;
-        state.pinned.insert(host as usize, len);
+        if let Some(left) = state.refusing_pins.checked_sub(1) {
+            state.refusing_pins = left;
+            return Err(call("pin", NOT_SUPPORTED, "asked to refuse".into(), false));
+        }
+        let (at, end) = (host as usize, host as usize + len);
+        let before = state.pinned.range(..end).next_back();
+        if before.is_some_and(|(other, len)| other + len > at) {
+            let text = format!("some of {len} bytes at {at:#x} are pinned already");
+            return Err(call("pin", ALREADY_REGISTERED, text, false));
+        }
+        state.pinned.insert(at, len);
         Ok(())
     }
 
     unsafe fn unpin(&self, host: *mut u8) {
-        self.shared.lock().pinned.remove(&(host as usize));
+        let mut state = self.shared.lock();
+        let at = host as usize;
+        let Some(len) = state.pinned.remove(&at) else {
+            state
+                .violations
+                .push(format!("unpinned {at:#x}, which is not pinned"));
+            return;
+        };
+        if state.is_awaited(at..at + len) {
+            state
+                .violations
+                .push(format!("unpinned {at:#x} while copies wait for it"));
+        }
+        if !is_mapped(host, len) {
+            state
+                .violations
+                .push(format!("unpinned {at:#x} after it was unmapped"));
+        }
     }
 
     fn stream(&self) -> Result<Box<dyn Stream>, AcceleratorError> {
@@ -308,6 +362,10 @@ impl Accelerator for Sim {
             id,
             shared: Arc::clone(&self.shared),
         }))
+    }
+
+    fn direct(&self) -> Box<dyn super::direct::DeviceSide> {
+        Box::new(direct::SimDirect(self.properties.gpudirect.clone()))
     }
 }
 
@@ -453,6 +511,17 @@ impl State {
 }
 
 impl State {
+    /// Whether a copy that was not begun has its host's end in `range`.
+    fn is_awaited(&self, range: std::ops::Range<usize>) -> bool {
+        let works = self.streams.values().flat_map(|queue| &queue.work);
+        let copies = works.filter_map(|work| match work {
+            Work::Copy(ops) => Some(ops),
+            _ => None,
+        });
+        let mut hosts = copies.flatten().map(|op| op.host.as_ptr() as usize);
+        hosts.any(|host| range.contains(&host))
+    }
+
     fn check_piece(&self, piece: &Piece) -> Result<(), AcceleratorError> {
         let len = piece.from.len();
         if piece.to.len() != len {
@@ -499,6 +568,13 @@ fn is_of_a_device(file: &OwnedFd) -> bool {
     let link = std::fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd()));
     let name = format!("/memfd:{FILE_NAME}");
     link.is_ok_and(|link| link.to_string_lossy().starts_with(&name))
+}
+
+/// Whether all of `len` bytes are mapped.
+fn is_mapped(at: *mut u8, len: usize) -> bool {
+    // SAFETY: it writes nothing back that was not written anyway, and says
+    // where there is no mapping.
+    unsafe { rustix::mm::msync(at.cast(), len, rustix::mm::MsyncFlags::ASYNC) }.is_ok()
 }
 
 fn unmap(at: NonNull<u8>, len: usize) {

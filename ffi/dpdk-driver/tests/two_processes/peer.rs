@@ -232,6 +232,9 @@ impl Peer {
             data: std::ptr::null(),
             data_len: 0,
             frame_len: 0,
+            payload: std::ptr::null(),
+            payload_len: 0,
+            reserved: 0,
         };
         let mut frames = [nothing; BURST_MAX];
         // SAFETY: room for a burst.

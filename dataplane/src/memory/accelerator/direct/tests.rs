@@ -124,7 +124,7 @@ fn memory() -> (Arc<Sim>, DeviceLease) {
     (sim, lease.unwrap())
 }
 
-fn open(side: Side, device: Side, lease: DeviceLease) -> Result<Direct, Refused> {
+fn open(side: Side, device: Side, lease: DeviceLease) -> Result<Direct<'static>, Refused> {
     let (device, port) = (Box::new(device), Box::new(side));
     Direct::open(device, port, lease, 9000, Split::Length(82))
 }

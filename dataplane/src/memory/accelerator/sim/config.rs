@@ -23,6 +23,11 @@ pub struct Config {
     pub seed: u64,
     /// After how many copies one fails, and how.
     pub fail_copy: Option<(u64, Fault)>,
+    /// How many pieces of host memory are refused before one is pinned.
+    pub refuse_pins: u32,
+    /// Whether it claims that network cards reach its memory, so that the steps
+    /// of GPUDirect are taken as far as a port goes.
+    pub gpudirect: bool,
 }
 
 /// How a copy fails.
@@ -42,13 +47,16 @@ impl Default for Config {
             reorder: true,
             seed: 1,
             fail_copy: None,
+            refuse_pins: 0,
+            gpudirect: false,
         }
     }
 }
 
 impl Config {
     /// What `GENIE_SIM` says: `bytes=N`, `delay-us=N`, `fail-copy=N`,
-    /// `sticky-copy=N`, `seed=N`, `in-order`, joined by commas.
+    /// `sticky-copy=N`, `refuse-pins=N`, `seed=N`, `in-order`, `gpudirect`,
+    /// joined by commas.
     pub fn from_env() -> Result<Self, AcceleratorError> {
         match std::env::var(VARIABLE) {
             Ok(text) => Self::parse(&text),
@@ -62,6 +70,10 @@ impl Config {
             let (key, value) = word.split_once('=').unwrap_or((word, ""));
             match (key, value.parse::<u64>()) {
                 ("in-order", _) if value.is_empty() => config.reorder = false,
+                ("gpudirect", _) if value.is_empty() => config.gpudirect = true,
+                ("refuse-pins", Ok(count)) => {
+                    config.refuse_pins = u32::try_from(count).unwrap_or(u32::MAX);
+                }
                 ("bytes", Ok(bytes)) => config.memory_bytes = bytes,
                 ("delay-us", Ok(micros)) => config.delay = Duration::from_micros(micros),
                 ("fail-copy", Ok(after)) => config.fail_copy = Some((after, Fault::Once)),

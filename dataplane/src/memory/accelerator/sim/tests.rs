@@ -2,7 +2,7 @@ use std::os::unix::process::ExitStatusExt;
 use std::time::{Duration, Instant};
 
 use super::*;
-use crate::memory::accelerator::{DeviceLease, DeviceRegion, Way};
+use crate::memory::accelerator::{DeviceLease, DeviceRegion, Pinned, Way};
 use crate::memory::{Backing, Lease, Region};
 
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -337,4 +337,48 @@ fn many_small_copies_and_pieces_are_one_operation() {
     };
     let refused = stream.gather(vec![stray]).unwrap_err();
     assert!(matches!(refused, AcceleratorError::NotItsMemory { .. }));
+}
+
+#[test]
+fn memory_is_pinned_once_and_unpinned_before_it_goes_away() {
+    let (sim, accelerator) = sim(Config::default());
+    let region = Region::with_backing(8192, Backing::Shmem).unwrap();
+    let one = Pinned::new(&region, &accelerator).unwrap();
+    let error = Pinned::new(&region, &accelerator).unwrap_err();
+    assert_eq!(error.code(), Some(ALREADY_REGISTERED));
+    let at = region.as_ptr();
+    // A part of it, and a piece that only touches its end.
+    for inside in [0, 4096] {
+        // SAFETY: refused; mapped in any case.
+        let refused = unsafe { sim.pin(at.wrapping_add(inside), 4096) };
+        assert_eq!(refused.unwrap_err().code(), Some(ALREADY_REGISTERED));
+    }
+    assert_eq!((sim.pinned(), sim.violations()), (1, vec![]));
+    drop(one);
+    assert_eq!((sim.pinned(), sim.violations()), (0, vec![]));
+    // SAFETY: not pinned any more: nothing but a record of it.
+    unsafe { sim.unpin(at) };
+    assert!(sim.violations()[0].ends_with("which is not pinned"));
+    // SAFETY: mapped until `region` is dropped, which is too early.
+    unsafe { sim.pin(at, 8192) }.unwrap();
+    drop(region);
+    // SAFETY: no copy was begun.
+    unsafe { sim.unpin(at) };
+    assert!(sim.violations()[1].ends_with("after it was unmapped"));
+}
+
+#[test]
+fn memory_that_copies_wait_for_is_not_unpinned_unnoticed() {
+    let (sim, accelerator) = sim(Config::default());
+    let region = Region::with_backing(4096, Backing::Shmem).unwrap();
+    let there = device(&accelerator, 4096);
+    let pinned = Pinned::new(&region, &accelerator).unwrap();
+    let mut stream = accelerator.stream().unwrap();
+    sim.hold();
+    let host = Lease::whole(Arc::clone(&region));
+    let last = stream.copy(vec![op(&host, &there, Way::ToDevice)]).unwrap();
+    drop(pinned);
+    assert!(sim.violations()[0].ends_with("while copies wait for it"));
+    sim.release();
+    wait(&mut *stream, last).unwrap();
 }
