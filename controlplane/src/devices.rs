@@ -4,11 +4,13 @@
 //! opened is refused with its reason wherever it is asked for, never replaced
 //! by something else.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use genie_client::status::AcceleratorStatus;
+use genie_dataplane::device::Device as _;
+use genie_dataplane::dpdk::Port;
 use genie_dataplane::memory::accelerator::{
-    self, AcceleratorError, DeviceRegion, Import, MemoryKind,
+    self, Accelerator, AcceleratorError, DeviceLease, DeviceRegion, Import, MemoryKind,
 };
 use genie_dataplane::stage::{Config, Stage, Trace};
 
@@ -21,7 +23,17 @@ struct Device {
     kind: MemoryKind,
     /// What moves its tensors, or why it cannot be used.
     stage: Result<Arc<Stage>, String>,
+    /// Why no network card reaches its memory, once a port was asked.
+    refused: OnceLock<String>,
 }
+
+/// Of each frame, what belongs to the host: the headers of Ethernet, IPv6, UDP
+/// and Genie's own packets.
+const HEADER_BYTES: u16 = 14 + 40 + 8 + genie_proto::wire::HEADER_LEN as u16;
+
+/// How much of a device's memory the steps of GPUDirect are tried with: whole
+/// pages of any device's.
+const TRIAL_BYTES: usize = 2 << 20;
 
 /// Why tensors cannot be in a device's memory.
 #[derive(Clone, Debug, thiserror::Error, PartialEq, Eq)]
@@ -50,7 +62,11 @@ impl Devices {
             if let Err(reason) = &stage {
                 tracing::warn!(%kind, reason, "the accelerator cannot be used");
             }
-            Device { kind: *kind, stage }
+            Device {
+                kind: *kind,
+                stage,
+                refused: OnceLock::new(),
+            }
         };
         Self(Arc::new(kinds.iter().map(one).collect()))
     }
@@ -90,6 +106,35 @@ impl Devices {
         Ok((Arc::clone(stage), region))
     }
 
+    /// Whether any device can be used.
+    pub fn any(&self) -> bool {
+        self.0.iter().any(|device| device.stage.is_ok())
+    }
+
+    /// Takes the steps of GPUDirect for every device with a port that carries
+    /// nothing yet, and keeps why tensors are staged.
+    ///
+    /// To be called on the port's thread.
+    pub fn try_direct(&self, port: &mut Port) {
+        for device in self.0.iter() {
+            let Ok(stage) = &device.stage else { continue };
+            let reason = try_direct(stage.accelerator(), port);
+            tracing::info!(kind = %device.kind, reason, "no GPUDirect: tensors are staged");
+            // An agent has one port.
+            let _ = device.refused.set(reason);
+        }
+    }
+
+    /// Why tensors on a DPDK path are staged, a sentence for each device.
+    pub fn reasons(&self) -> Vec<String> {
+        let reason = |device: &Device| {
+            let refused = device.refused.get()?;
+            let kind = device.kind;
+            Some(format!("{kind} is staged through host memory: {refused}"))
+        };
+        self.0.iter().filter_map(reason).collect()
+    }
+
     /// The longest transfer in a session with this agent, where that is limited:
     /// by the shortest slot.
     pub fn range_bytes(&self) -> Option<u64> {
@@ -102,20 +147,49 @@ impl Devices {
 
     /// What `status` shows.
     pub fn status(&self) -> Vec<AcceleratorStatus> {
-        let one = |Device { kind, stage }: &Device| {
+        let one = |device: &Device| {
+            let Device { kind, stage, .. } = device;
+            let usable = stage.as_ref().ok();
             let properties = stage.as_ref().map(|stage| stage.accelerator().properties());
+            let slots = stage.as_ref().ok().map(|stage| stage.slot_memory());
             AcceleratorStatus {
                 kind: *kind,
+                slots_bytes: slots.map_or(0, |slots| slots.bytes as u64),
+                slots_reason: slots.and_then(|slots| slots.reason.clone()),
                 name: properties.ok().map(|properties| properties.name.clone()),
                 driver: properties.ok().map(|properties| properties.driver.clone()),
                 memory_bytes: properties.map_or(0, |properties| properties.memory_bytes),
                 reason: stage.as_ref().err().cloned(),
-                gpudirect: properties
-                    .ok()
-                    .and_then(|properties| properties.gpudirect.clone().err()),
+                gpudirect: usable.map(|stage| device.why_staged(stage)),
             }
         };
         self.0.iter().map(one).collect()
+    }
+}
+
+impl Device {
+    fn why_staged(&self, stage: &Stage) -> String {
+        let refused = self.refused.get().cloned();
+        let supported = &stage.accelerator().properties().gpudirect;
+        refused
+            .or_else(|| supported.clone().err())
+            .unwrap_or_else(|| "no DPDK port is open".to_owned())
+    }
+}
+
+/// Why tensors of a device are staged on a path over `port`.
+fn try_direct(accelerator: &Arc<dyn Accelerator>, port: &mut Port) -> String {
+    let region = match DeviceRegion::allocate(accelerator, TRIAL_BYTES) {
+        Ok(region) => region,
+        Err(error) => return format!("no memory to try it with: {error}"),
+    };
+    let driver = port.capabilities().driver.clone();
+    let lease = DeviceLease::whole(region);
+    match port.try_direct(accelerator.direct(), lease, HEADER_BYTES) {
+        Ok(()) => format!(
+            "every step of it works with {driver}, but no engine receives into device memory"
+        ),
+        Err(refused) => refused.to_string(),
     }
 }
 
@@ -152,6 +226,10 @@ mod tests {
         let status = devices.status();
         assert!(status[0].name.as_ref().unwrap().contains("simulated"));
         assert!(status[1].reason.is_some());
+        // No port was asked: what the device says of itself.
+        let staged = status[0].gpudirect.as_deref();
+        assert_eq!(staged, Some("no network card reaches simulated memory"));
+        assert_eq!(devices.reasons(), [""; 0]);
     }
 
     #[test]

@@ -42,10 +42,10 @@ use tokio::sync::oneshot;
 use crate::endpoint::Endpoint;
 use crate::engine::{FailReason, Full, Receipt};
 use crate::memory::accelerator::{Accelerator, AcceleratorError, DeviceLease, MemoryKind, Way};
-use crate::memory::{Lease, RegionError};
+use crate::memory::{Backing, Lease, RegionError};
 use flight::{Flight, Job};
 pub use place::{Moving, Place};
-use slots::{Slot, Slots};
+use slots::{Arena, Slot, Slots};
 
 /// How much host memory a stage takes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -64,6 +64,18 @@ impl Default for Config {
             slots: 16,
         }
     }
+}
+
+/// The memory that a device's slots lie in.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SlotMemory {
+    /// Its length in bytes, all slots of both directions.
+    pub bytes: usize,
+    /// Its pages.
+    pub backing: Backing,
+    /// Why it is not on huge pages: there are none, or the device's driver does
+    /// not register them.
+    pub reason: Option<String>,
 }
 
 /// Why a stage could not be made.
@@ -108,6 +120,7 @@ pub enum StageError {
 pub struct Stage {
     accelerator: Arc<dyn Accelerator>,
     config: Config,
+    memory: SlotMemory,
     outgoing: Slots,
     incoming: Slots,
     jobs: Option<mpsc::Sender<Job>>,
@@ -161,8 +174,9 @@ impl Stage {
         trace: Trace,
     ) -> Result<Self, StartError> {
         let kind = accelerator.properties().kind;
-        let outgoing = Slots::new(&accelerator, config)?;
-        let incoming = Slots::new(&accelerator, config)?;
+        let arena = Arena::new(&accelerator, config)?;
+        let outgoing = Slots::new(&arena, config, 0);
+        let incoming = Slots::new(&arena, config, 1);
         let (jobs, queue) = mpsc::channel();
         let thread = thread::spawn(&accelerator, queue, trace.clone())
             .map_err(|source| StartError::Thread { kind, source })??;
@@ -170,6 +184,7 @@ impl Stage {
         Ok(Self {
             accelerator,
             config,
+            memory: arena.info(),
             outgoing,
             incoming,
             jobs: Some(jobs),
@@ -187,6 +202,11 @@ impl Stage {
     /// The longest transfer that it takes, in bytes.
     pub fn slot_bytes(&self) -> usize {
         self.config.slot_bytes
+    }
+
+    /// Where its slots are.
+    pub fn slot_memory(&self) -> &SlotMemory {
+        &self.memory
     }
 
     /// What it did so far, where that is recorded; empties the record.

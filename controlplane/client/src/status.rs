@@ -73,6 +73,10 @@ pub struct AcceleratorStatus {
     pub memory_bytes: u64,
     /// Why it cannot be used.
     pub reason: Option<String>,
+    /// Bytes of pinned host memory that its tensors are staged through.
+    pub slots_bytes: u64,
+    /// Why that memory is not on huge pages.
+    pub slots_reason: Option<String>,
     /// Why network cards do not reach its memory, so that tensors are staged.
     pub gpudirect: Option<String>,
 }
@@ -214,7 +218,7 @@ pub struct SessionStatus {
     pub path_changes: u64,
     /// The last of these changes, the latest one last.
     pub changes: Vec<PathChange>,
-    /// Why better paths were refused.
+    /// Why better paths were refused, and why device memory is staged on this one.
     pub reasons: Vec<String>,
     /// Seconds since it is up.
     pub up_seconds: f64,

@@ -198,15 +198,13 @@ fn accelerator(one: &AcceleratorStatus) -> String {
         return format!("accelerator {kind} cannot be used: {reason}");
     }
     let (name, driver) = (one.name.as_deref(), one.driver.as_deref());
-    let gpudirect = one.gpudirect.as_deref().map_or_else(
-        || {
-            "staged (no engine receives into device memory, though the device supports it)"
-                .to_owned()
-        },
-        |reason| format!("staged, no GPUDirect: {reason}"),
-    );
+    let gpudirect = one.gpudirect.as_deref().unwrap_or("it was not tried");
+    let slots = one.slots_reason.as_deref();
+    let slots = slots.map_or_else(String::new, |reason| {
+        format!("; slots on ordinary pages: {reason}")
+    });
     format!(
-        "accelerator {kind}: {}, driver {}, {}; {gpudirect}",
+        "accelerator {kind}: {}, driver {}, {}; gpudirect: no, because {gpudirect}{slots}",
         name.unwrap_or("nameless"),
         driver.unwrap_or("unknown"),
         show_bytes(one.memory_bytes)

@@ -161,7 +161,7 @@ fn a_stage_that_is_dropped_ends_what_waits_for_it() {
         received.wait(),
         Err(StageError::Wire(FailReason::Cancelled))
     );
-    assert_eq!(sim.pinned(), 0);
+    assert_eq!((sim.pinned(), sim.violations()), (0, vec![]));
     drop(into);
     assert_eq!(sim.used_bytes(), 0);
     let gone = AcceleratorError::Stopped(genie_dataplane::memory::accelerator::MemoryKind::Sim);

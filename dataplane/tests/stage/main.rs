@@ -10,6 +10,7 @@ mod tcp;
 mod udp;
 
 mod faults;
+mod lossy;
 mod transfers;
 
 use std::sync::Arc;
@@ -80,6 +81,8 @@ impl End {
         };
         let limited = block_on(async { tokio::time::timeout(PATIENCE, again).await });
         limited.expect("a slot was not given back").unwrap();
+        // Nor was anything done in an order that a real device does not forgive.
+        assert_eq!(self.sim.violations(), Vec::<String>::new());
     }
 }
 

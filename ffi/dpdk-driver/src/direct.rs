@@ -367,8 +367,8 @@ mod tests {
 
     #[test]
     fn physical_addresses_are_one_a_page_or_a_reason() {
-        let found = memory(3, &[]).translate(|at| at.addr() as u64 ^ 1 << 40);
-        let first = 16 * PAGE ^ 1 << 40;
+        let found = memory(3, &[]).translate(|at| at.addr() as u64 ^ (1 << 40));
+        let first = (16 * PAGE) ^ (1 << 40);
         assert_eq!(found.unwrap(), [first, first + PAGE, first + 2 * PAGE]);
         let lacking = memory(3, &[]).translate(|at| match at.addr() as u64 / PAGE {
             17 => u64::MAX,
