@@ -140,7 +140,8 @@ async fn serve(
     let credentials = load_credentials(&config)?;
     let listener = listen(config.listen).await?;
     let (applications, socket) = bind_socket(&config).await?;
-    let (transports, attended) = start_transports(&config)?;
+    let devices = Devices::open(&config.accelerators);
+    let (transports, attended) = start_transports(&config, &devices)?;
     let (scrapers, metrics) = listen_metrics(config.metrics).await;
     let node = Node::new(Parts {
         name: config.name.clone(),
@@ -158,7 +159,7 @@ async fn serve(
         listen: listener.local_addr()?,
         socket: config.socket.clone(),
         warning: config.warning(),
-        devices: Devices::open(&config.accelerators),
+        devices,
         identity: Identity::new(credentials, config.access.clone()),
         metrics,
     });
@@ -308,13 +309,16 @@ fn refused_listen(
 }
 
 /// Starts what is allowed; notes why the rest cannot be used.
-fn start_transports(config: &Config) -> Result<(Transports, Vec<Attended>), AgentError> {
+fn start_transports(
+    config: &Config,
+    devices: &Devices,
+) -> Result<(Transports, Vec<Attended>), AgentError> {
     let mut transports = Transports::default();
     let mut attended = Vec::new();
     for transport in config.transport.as_slice().iter().copied() {
         let started = match transport {
             Transport::Tcp => Ok(start_tcp(config)?),
-            Transport::Dpdk => start_dpdk(config),
+            Transport::Dpdk => start_dpdk(config, devices),
             Transport::Shm => start_shm(config),
         };
         match started {
@@ -373,10 +377,13 @@ fn start_shm(config: &Config) -> Result<Started, String> {
     Ok((Local::Shm(local), running))
 }
 
-fn start_dpdk(config: &Config) -> Result<Started, String> {
-    let Some(device) = config.dpdk_device.clone() else {
+fn start_dpdk(config: &Config, devices: &Devices) -> Result<Started, String> {
+    let Some(mut device) = config.dpdk_device.clone() else {
         return Err("no device was given (--dpdk-device)".to_owned());
     };
+    if devices.any() {
+        device = device.for_gpudirect(Path::new("/sys"));
+    }
     // Looked for first: without it the pages do not matter.
     dpdk::load().map_err(|error| show_chain(&error))?;
     let options = dpdk::Options::default();
@@ -386,7 +393,12 @@ fn start_dpdk(config: &Config) -> Result<Started, String> {
         liveness: config.liveness,
         ..udp::Config::default()
     };
-    let opened = udp::spawn(engine, move || dpdk::Port::open(&device, &options));
+    let devices = devices.clone();
+    let opened = udp::spawn(engine, move || {
+        let mut port = dpdk::Port::open(&device, &options)?;
+        devices.try_direct(&mut port);
+        Ok::<_, dpdk::OpenError>(port)
+    });
     let (running, local) = opened.map_err(|error| show_chain(&error))?;
     Ok((Local::Dpdk(local), running))
 }

@@ -352,6 +352,11 @@ impl Node {
             address: peer.address.clone(),
         };
         let mut sessions: Vec<_> = self.live().iter().map(|s| session_status(s)).collect();
+        let staged = self.devices.reasons();
+        let over_dpdk = |one: &&mut SessionStatus| one.path.starts_with("dpdk:");
+        for one in sessions.iter_mut().filter(over_dpdk) {
+            one.reasons.extend_from_slice(&staged);
+        }
         sessions.sort_by(|a, b| (&a.peer, a.session).cmp(&(&b.peer, b.session)));
         AgentStatus {
             name: self.name.clone(),

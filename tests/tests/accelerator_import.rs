@@ -309,3 +309,77 @@ fn a_program_that_dies_in_mid_transfer_leaves_nothing_and_harms_nobody() {
     let died = a.status()["accelerators"][0]["reason"].is_string();
     assert!(!died, "{}", a.status());
 }
+
+/// The environment variable with the socket of the agent whose memory a child maps.
+const BORROWER: &str = "GENIE_TEST_BORROWER";
+
+/// No test by itself: imports the agent's memory, puts from it and is killed.
+#[test]
+fn child_that_maps_the_agents_memory_until_it_is_killed() {
+    let Some(socket) = std::env::var_os(BORROWER) else {
+        return;
+    };
+    let program = Program::new();
+    let mut client = Client::connect(socket).unwrap();
+    let arena = client.device_arena(&program.accelerator, 32 << 20).unwrap();
+    let tensor = arena.tensor(info("t", 32 << 20), 0).unwrap();
+    block_on(
+        program
+            .stage
+            .upload(&host(&pattern(32 << 20)), arena.lease()),
+    )
+    .unwrap();
+    loop {
+        let all = [tensor.clone()];
+        client
+            .put_into(Some("b"), "child", &all, None, Memory::Sim, |_, _| {})
+            .unwrap();
+        client.remove(Some("b"), "child").unwrap();
+    }
+}
+
+#[test]
+fn a_program_that_dies_with_the_agents_memory_mapped_gives_it_back() {
+    let folder = tempfile::tempdir().unwrap();
+    let (a, b) = pair(folder.path(), &[], &[("GENIE_SIM", "delay-us=20000")]);
+    // Memory of somebody else on the same device.
+    let program = Program::new();
+    let bytes = pattern(LEN);
+    let memory = program.memory(&bytes);
+    let mut client = connect(&a);
+    let shared = client.share_device(&memory).unwrap();
+    let tensor = shared.tensor(info("t", LEN), 0).unwrap();
+    let put = |client: &mut Client, node| {
+        let all = [tensor.clone()];
+        client.put_into(node, "mine", &all, None, Memory::Sim, |_, _| {})
+    };
+    put(&mut client, None).unwrap();
+    let others = a.status()["arenas"]["used_bytes"].clone();
+    let mut child = Command::new(std::env::current_exe().unwrap());
+    child
+        .args([
+            "--exact",
+            "child_that_maps_the_agents_memory_until_it_is_killed",
+        ])
+        .env(BORROWER, &a.socket);
+    let child = Running::start(child);
+    eventually("a put is under way", || {
+        (b.status()["store"]["used_bytes"].as_u64()? > 0).then_some(())
+    });
+    child.signal(rustix::process::Signal::KILL);
+    assert!(!child.wait(GENEROUS).status.success());
+    eventually("the agent has its memory back", || {
+        (a.status()["arenas"]["used_bytes"] == others).then_some(())
+    });
+    eventually("the half of a put is gone", || {
+        let _ = connect(&a).remove(Some("b"), "child");
+        (b.status()["store"]["used_bytes"] == 0).then_some(())
+    });
+    // The other memory is as it was, and the session and the device go on.
+    let got = client.get(None, "mine", Memory::Auto).unwrap();
+    assert!(got.to_vec("t").unwrap() == bytes);
+    put(&mut client, Some("b")).unwrap();
+    let got = client.get(Some("b"), "mine", Memory::Auto).unwrap();
+    assert!(got.to_vec("t").unwrap() == bytes);
+    assert_eq!(b.log().matches("session up").count(), 1);
+}
