@@ -2,6 +2,7 @@
 //! the simulated accelerator, over TCP and over the local DPDK pair.
 
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 
 use genie_tests::Agent;
 use genie_tests::model::{self, Tensor};
@@ -91,6 +92,10 @@ fn tensors_go_from_device_to_device_over_tcp() {
     assert_eq!(b.status()["store"]["used_bytes"], 0);
 }
 
+/// Held by the test that has a pair: two agents with slots and DPDK's memory take
+/// half a gigabyte of huge pages.
+static ONE_PAIR: Mutex<()> = Mutex::new(());
+
 /// Two agents over the local DPDK pair; `None` where there is no DPDK, which it says.
 fn dpdk_pair(folder: &Path, env: &[(&str, &str)]) -> Option<(Agent, Agent)> {
     let device = format!("--dpdk-device=pair:{}", folder.join("pair").display());
@@ -116,6 +121,7 @@ fn dpdk_pair(folder: &Path, env: &[(&str, &str)]) -> Option<(Agent, Agent)> {
 
 #[test]
 fn tensors_go_from_device_to_device_over_the_local_dpdk_pair() {
+    let _alone = ONE_PAIR.lock().unwrap_or_else(PoisonError::into_inner);
     let folder = tempfile::tempdir().unwrap();
     if let Some((a, b)) = dpdk_pair(folder.path(), &[SLOW]) {
         there_and_back(&a, &b, folder.path(), "dpdk:");
@@ -125,6 +131,7 @@ fn tensors_go_from_device_to_device_over_the_local_dpdk_pair() {
 /// An agent takes the steps of GPUDirect as far as its port goes.
 #[test]
 fn what_no_card_receives_into_is_staged_and_the_reason_is_shown() {
+    let _alone = ONE_PAIR.lock().unwrap_or_else(PoisonError::into_inner);
     let folder = tempfile::tempdir().unwrap();
     let claims = ("GENIE_SIM", "gpudirect,delay-us=100");
     let Some((a, b)) = dpdk_pair(folder.path(), &[claims]) else {
@@ -254,6 +261,7 @@ fn a_device_that_fails_in_mid_transfer_fails_the_put_and_not_the_session() {
 
 #[test]
 fn a_device_that_fails_in_mid_transfer_over_the_dpdk_pair_fails_the_put_and_not_the_session() {
+    let _alone = ONE_PAIR.lock().unwrap_or_else(PoisonError::into_inner);
     for (faults, code, again) in FAULTS {
         let folder = tempfile::tempdir().unwrap();
         let Some((a, b)) = dpdk_pair(folder.path(), &[("GENIE_SIM", faults)]) else {
