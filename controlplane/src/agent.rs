@@ -10,7 +10,7 @@ use std::net::SocketAddr;
 use std::os::fd::AsFd;
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use genie_dataplane::endpoint::Completions;
@@ -140,8 +140,7 @@ async fn serve(
     let credentials = load_credentials(&config)?;
     let listener = listen(config.listen).await?;
     let (applications, socket) = bind_socket(&config).await?;
-    let devices = Devices::open(&config.accelerators);
-    let (transports, attended) = start_transports(&config, &devices)?;
+    let (transports, attended, devices) = start_transports(&config)?;
     let (scrapers, metrics) = listen_metrics(config.metrics).await;
     let node = Node::new(Parts {
         name: config.name.clone(),
@@ -308,17 +307,15 @@ fn refused_listen(
     }
 }
 
-/// Starts what is allowed; notes why the rest cannot be used.
-fn start_transports(
-    config: &Config,
-    devices: &Devices,
-) -> Result<(Transports, Vec<Attended>), AgentError> {
+/// Starts what is allowed, and accelerators; notes why the rest cannot be used.
+fn start_transports(config: &Config) -> Result<(Transports, Vec<Attended>, Devices), AgentError> {
+    let accelerators = Arc::new(OnceLock::new());
     let mut transports = Transports::default();
     let mut attended = Vec::new();
     for transport in config.transport.as_slice().iter().copied() {
         let started = match transport {
             Transport::Tcp => Ok(start_tcp(config)?),
-            Transport::Dpdk => start_dpdk(config, devices),
+            Transport::Dpdk => start_dpdk(config, &accelerators),
             Transport::Shm => start_shm(config),
         };
         match started {
@@ -342,7 +339,8 @@ fn start_transports(
             reasons,
         });
     }
-    Ok((transports, attended))
+    let devices = accelerators.get_or_init(|| Devices::open(&config.accelerators));
+    Ok((transports, attended, devices.clone()))
 }
 
 type Started = (Local, genie_dataplane::endpoint::Running);
@@ -377,11 +375,13 @@ fn start_shm(config: &Config) -> Result<Started, String> {
     Ok((Local::Shm(local), running))
 }
 
-fn start_dpdk(config: &Config, devices: &Devices) -> Result<Started, String> {
+/// Opens the port, and then the accelerators: their slots may be anywhere, the
+/// port's packet buffers need huge pages.
+fn start_dpdk(config: &Config, accelerators: &Arc<OnceLock<Devices>>) -> Result<Started, String> {
     let Some(mut device) = config.dpdk_device.clone() else {
         return Err("no device was given (--dpdk-device)".to_owned());
     };
-    if devices.any() {
+    if !config.accelerators.is_empty() {
         device = device.for_gpudirect(Path::new("/sys"));
     }
     // Looked for first: without it the pages do not matter.
@@ -393,10 +393,22 @@ fn start_dpdk(config: &Config, devices: &Devices) -> Result<Started, String> {
         liveness: config.liveness,
         ..udp::Config::default()
     };
-    let devices = devices.clone();
+    let (port_opened, opening) = std::sync::mpsc::channel::<()>();
+    let (kinds, opened) = (config.accelerators.clone(), Arc::clone(accelerators));
+    // Not by the port's thread, which DPDK binds to a processor: what an
+    // accelerator starts would be bound to it too.
+    let opener = std::thread::spawn(move || {
+        let _ = opening.recv();
+        opened.get_or_init(|| Devices::open(&kinds)).clone()
+    });
     let opened = udp::spawn(engine, move || {
-        let mut port = dpdk::Port::open(&device, &options)?;
-        devices.try_direct(&mut port);
+        let port = dpdk::Port::open(&device, &options);
+        drop(port_opened);
+        let devices = opener.join();
+        let mut port = port?;
+        if let Ok(devices) = devices {
+            devices.try_direct(&mut port);
+        }
         Ok::<_, dpdk::OpenError>(port)
     });
     let (running, local) = opened.map_err(|error| show_chain(&error))?;

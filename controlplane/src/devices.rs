@@ -106,11 +106,6 @@ impl Devices {
         Ok((Arc::clone(stage), region))
     }
 
-    /// Whether any device can be used.
-    pub fn any(&self) -> bool {
-        self.0.iter().any(|device| device.stage.is_ok())
-    }
-
     /// Takes the steps of GPUDirect for every device with a port that carries
     /// nothing yet, and keeps why tensors are staged.
     ///
