@@ -31,6 +31,10 @@ impl Lab {
             (true, None) => None,
         };
         if let Some(reason) = reason {
+            assert!(
+                std::env::var_os("GENIE_REQUIRE_LAB").is_none(),
+                "the lab is required: {reason}"
+            );
             println!("skipped: {test}: {reason}");
             return None;
         }

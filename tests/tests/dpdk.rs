@@ -300,6 +300,29 @@ fn puts_go_over_tcp_while_vhost_is_closed_and_return_to_the_device() {
 }
 
 #[test]
+fn programs_read_and_write_windows_over_a_device() {
+    let folder = tempfile::tempdir().unwrap();
+    let Some((a, _b)) = pair(folder.path(), "--transport=dpdk") else {
+        return;
+    };
+    let args = "--node b --op read,write --block-size 64,1m --hot --check-consistency \
+                --baseline none --repeats 2 --duration 100ms --warmup 20ms";
+    let mut all = vec!["bench"];
+    all.extend(args.split_whitespace());
+    let report = a.json(&all);
+    let rows = report["rows"].as_array().expect("a list");
+    assert_eq!(rows.len(), 4, "{report}");
+    for row in rows {
+        assert_eq!(
+            (&row["verified"], &row["error"]),
+            (&json!(true), &Value::Null)
+        );
+        let device = row["device"].as_str().expect("the agents' paths");
+        assert!(device.contains("dpdk:net_v"), "{row}");
+    }
+}
+
+#[test]
 fn a_side_without_a_device_is_the_reason_at_both_ends() {
     let folder = tempfile::tempdir().unwrap();
     let Some((a, b)) = pair(folder.path(), "--transport=dpdk,tcp") else {

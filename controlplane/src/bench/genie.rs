@@ -265,7 +265,7 @@ impl Carrier for Blocks<'_> {
             }
         }
         let id = self.granted.pop_front().ok_or(BenchError::PeerGone)?;
-        let from = self.pool.block(&self.layout, self.begun)?;
+        let from = self.pool.stamp(&self.layout, self.begun)?;
         let node = &self.session.node;
         let sent = node.endpoint.try_send(node.session, id, from);
         self.in_flight

@@ -12,6 +12,9 @@ use super::BenchError;
 /// The longest time the histogram can hold, in nanoseconds: ten minutes.
 const LATENCY_MAX_NANOS: u64 = 600_000_000_000;
 
+/// A carrier that cannot keep a rate is given up after so many times the time asked for.
+const OVERTIME: u32 = 5;
+
 /// Names a block between its begin and its completion: below the batch size.
 pub type Slot = usize;
 
@@ -64,10 +67,16 @@ pub fn run(carrier: &mut dyn Carrier, work: &Workload) -> Result<Sample, BenchEr
     let mut last = start;
     loop {
         let now = Instant::now();
-        let wanted = now - start < work.duration || begun < work.blocks_min;
         let due = work
             .rate
             .map(|rate| start + Duration::from_secs_f64(begun as f64 / rate));
+        // With a rate, what was due in time is begun, however late: it would be
+        // the blocks that a stall hit hardest that are left out.
+        let wanted = begun < work.blocks_min
+            || match due {
+                None => now - start < work.duration,
+                Some(due) => due - start < work.duration && now - start < OVERTIME * work.duration,
+            };
         let is_due = due.is_none_or(|due| due <= now);
         if wanted
             && is_due
@@ -310,6 +319,27 @@ mod tests {
             open.quantile_us(0.9)
         );
         assert!(open.blocks >= 95, "{}", open.blocks);
+    }
+
+    #[test]
+    fn a_stall_at_the_end_counts_too() {
+        let mut carrier = Known::new(Duration::from_millis(1), Duration::ZERO);
+        // The stall begins with the 90th of 100 blocks and outlasts the rest.
+        carrier.stall = Some((90, Duration::from_millis(300)));
+        let sample = run(
+            &mut carrier,
+            &Workload {
+                rate: Some(200.0),
+                ..work(1, 500)
+            },
+        )
+        .unwrap();
+        assert_eq!(sample.blocks, 100);
+        assert!(
+            sample.quantile_us(0.95) > 200_000.0,
+            "{}",
+            sample.quantile_us(0.95)
+        );
     }
 
     #[test]

@@ -5,7 +5,7 @@ use genie_dataplane::ledger::Copies;
 use genie_dataplane::{Integrity, Secrets, SessionId, TransferId};
 use serde::{Deserialize, Serialize};
 
-use super::baseline::raw::{Received, Use};
+use super::baseline::raw::{Received, Work};
 use super::baseline::tcp::How;
 use super::carriers::Kind;
 use super::pool::Layout;
@@ -77,12 +77,13 @@ pub enum Request {
     RawDevice {
         /// The pair's socket.
         device: String,
-        /// Length of a frame.
-        frame_bytes: usize,
-        /// What to do with each.
-        what: Use,
-        /// How long.
-        seconds: f64,
+        /// What to do with them.
+        work: Work,
+    },
+    /// Send bare frames back; [`Reply::Ready`], and [`Reply::Driver`] at the end.
+    RawPong {
+        /// The pair's socket.
+        device: String,
     },
     /// The end.
     Bye,
@@ -122,6 +123,8 @@ pub enum Reply {
     Used(Usage),
     /// Frames are awaited.
     Ready,
+    /// The driver of the end that sent frames back.
+    Driver(String),
     /// What became of bare frames.
     Frames(Received),
 }

@@ -21,7 +21,7 @@ use super::pool::{Layout, Pool};
 use super::window::Window;
 
 /// What must be equal at both ends.
-pub const VERSION: &str = concat!("genie bench 2, genie ", env!("CARGO_PKG_VERSION"));
+pub const VERSION: &str = concat!("genie bench 3, genie ", env!("CARGO_PKG_VERSION"));
 
 /// How long the measuring process may be silent: it may run a row of any length.
 const PATIENCE: Duration = Duration::from_secs(3600);
@@ -165,15 +165,14 @@ impl Peer {
                 Ok(Reply::Port(tcp::serve_once(ip, pool, layout, how)?))
             }
             Request::Iperf3 => Ok(Reply::Port(iperf3::serve_once()?)),
-            Request::RawDevice {
-                device,
-                frame_bytes,
-                what,
-                seconds,
-            } => {
+            Request::RawDevice { device, work } => {
                 self.channel.send(&Reply::Ready)?;
-                let received = raw::receive(&device, frame_bytes, what, seconds)?;
+                let received = raw::receive(&device, &work)?;
                 Ok(Reply::Frames(received))
+            }
+            Request::RawPong { device } => {
+                self.channel.send(&Reply::Ready)?;
+                Ok(Reply::Driver(raw::pong(&device)?))
             }
             Request::Bye => Ok(Reply::Done),
         }

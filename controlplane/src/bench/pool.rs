@@ -45,6 +45,9 @@ pub struct Pool {
     whole: Lease,
 }
 
+/// Bytes of a block's number at its beginning; of shorter blocks, their length.
+const STAMP: usize = 8;
+
 impl Layout {
     /// Lays out a row: as many buffers as fit `cold_bytes`, or a few.
     pub fn new(block_size: u64, batch_size: usize, cold_bytes: Option<u64>, salt: u64) -> Self {
@@ -142,6 +145,45 @@ impl Pool {
         fill(&used, layout.salt, 0);
     }
 
+    /// Writes its number into a block that is about to be sent, so that one that
+    /// lay there before, or comes late, is not taken for it.
+    pub fn stamp(&self, layout: &Layout, number: u64) -> Result<Lease, BenchError> {
+        let block = self.block(layout, number)?;
+        let stamp = number.to_le_bytes();
+        block.write_at(0, View::from(&stamp[..STAMP.min(block.len())]));
+        Ok(block)
+    }
+
+    /// Whether the block that has arrived as this number is it.
+    pub fn has_stamp(&self, layout: &Layout, number: u64) -> Result<bool, BenchError> {
+        let block = self.block(layout, number)?;
+        let (mut stamp, len) = ([0; STAMP], STAMP.min(block.len()));
+        block.read_at(0, &mut stamp[..len]);
+        Ok(stamp[..len] == number.to_le_bytes()[..len])
+    }
+
+    /// [`Pool::check`] of blocks that are stamped: the last in each buffer.
+    pub fn check_stamped(
+        &self,
+        layout: &Layout,
+        blocks: u64,
+        bytes_max: u64,
+    ) -> Result<u64, BenchError> {
+        let mut checked = 0;
+        for buffer in layout.checked(blocks, bytes_max).into_iter().flatten() {
+            let number = buffer + (blocks - 1 - buffer) / layout.count * layout.count;
+            let block = self.block(layout, buffer)?;
+            let rest = STAMP.min(block.len());
+            let unstamped = (block.slice(rest as u64..block.len() as u64)).expect("a part of it");
+            let at = layout.offset(buffer) + rest as u64;
+            if !self.has_stamp(layout, number)? || !is_pattern(&unstamped, layout.salt, at) {
+                return Err(BenchError::Inconsistent { block: number });
+            }
+            checked += 1;
+        }
+        Ok(checked)
+    }
+
     /// Compares the first `blocks` of a row with its pattern, up to `bytes_max`
     /// from either end of them; returns how many were looked at, or which is wrong.
     pub fn check(&self, layout: &Layout, blocks: u64, bytes_max: u64) -> Result<u64, BenchError> {
@@ -232,5 +274,29 @@ mod tests {
             "{found:?}"
         );
         assert_eq!(pool.check(&layout, 57, u64::MAX).unwrap(), 57);
+    }
+
+    #[test]
+    fn a_block_that_lay_there_before_is_not_taken_for_the_next() {
+        for block_size in [3, 8, 1000] {
+            let layout = Layout::new(block_size, 2, None, 1);
+            let pool = Pool::new(layout.bytes(), Memory::Host).unwrap();
+            pool.fill(&layout);
+            let blocks = layout.count + 5;
+            for number in 0..blocks {
+                assert!(!pool.has_stamp(&layout, number).unwrap() || block_size < 8);
+                pool.stamp(&layout, number).unwrap();
+                assert!(pool.has_stamp(&layout, number).unwrap());
+            }
+            let checked = pool.check_stamped(&layout, blocks, u64::MAX).unwrap();
+            assert_eq!(checked, layout.count);
+            // One that never came: its buffer has the one of a lap before.
+            let found = pool.check_stamped(&layout, blocks + 1, u64::MAX);
+            let missing = blocks;
+            assert!(
+                matches!(found, Err(BenchError::Inconsistent { block }) if block == missing),
+                "{found:?}"
+            );
+        }
     }
 }

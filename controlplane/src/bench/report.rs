@@ -86,8 +86,14 @@ pub struct Row {
     pub threads: Option<u16>,
     /// Connections of each session.
     pub streams: Option<u16>,
-    /// How often it was measured; figures are medians over that.
+    /// How often it was measured; rates are medians over that.
     pub repeats: usize,
+    /// Blocks that arrived in all repeats.
+    #[serde(default)]
+    pub blocks: Option<u64>,
+    /// Blocks to be begun each second, if that was asked for.
+    #[serde(default)]
+    pub rate: Option<f64>,
     /// Decimal gigabytes a second that arrived and were verified.
     pub gb_per_s: Option<f64>,
     /// The 95 % confidence interval of the mean.
@@ -98,9 +104,9 @@ pub struct Row {
     pub avg_us: Option<f64>,
     /// Its median.
     pub p50_us: Option<f64>,
-    /// Its 99th percentile.
+    /// Its 99th percentile, of at least 100 blocks.
     pub p99_us: Option<f64>,
-    /// Its 99.9th percentile.
+    /// Its 99.9th percentile, of at least 1000 blocks.
     pub p999_us: Option<f64>,
     /// CPU seconds of both ends, kernel included, for each gigabyte.
     pub cpu_s_per_gb: Option<f64>,
@@ -110,7 +116,7 @@ pub struct Row {
     pub driver_copies_per_byte: Option<f64>,
     /// Bytes that the kernel copied for each delivered.
     pub kernel_copies_per_byte: Option<f64>,
-    /// Segments sent again.
+    /// Segments sent again; none where only the kernel knows.
     pub retransmits: Option<u64>,
     /// Whether every byte was under a checksum, and both ends' digests were
     /// equal; of Genie's rows only.

@@ -28,11 +28,11 @@ mod workers;
 /// Above this share of all processors' time, others were in the way.
 const BUSY_OTHERS_MAX: f64 = 0.05;
 
+/// A rate of which less was reached was not kept.
+const RATE_KEPT: f64 = 0.95;
+
 /// Above this half width of the interval over the median, a figure is noisy.
 const INTERVAL_MAX: f64 = 0.1;
-
-/// Bytes of a bare frame: what the engine sends on a port of MTU 9000.
-const FRAME_BYTES: usize = 9000;
 
 /// Runs the command.
 pub fn run(args: BenchArgs, json: bool) -> Result<(), BenchError> {
@@ -172,6 +172,16 @@ impl<'a> Bench<'a> {
         }
         self.progress.finish_and_clear();
         watch.finish(&mut self.report.environment);
+        if self.report.rows.is_empty() && !self.plan.rows.is_empty() {
+            let missing = self.report.not_measured.first();
+            let reason = missing.map_or("nothing to measure with", |one| &one.reason);
+            let row = Row {
+                name: "Genie".into(),
+                error: Some(format!("no transport could be measured: {reason}")),
+                ..Row::default()
+            };
+            self.report.rows.push(row);
+        }
         self.add_notes();
         self.report
     }
@@ -420,7 +430,9 @@ impl<'a> Bench<'a> {
         let after = begun.usage()?;
         let checked = begun.end(self.plan.check_bytes)?;
         let mut measured = figures(described, &samples, &work);
-        account(&mut measured, &before, &after);
+        measured.rate = work.rate;
+        let blocks = measured.blocks.unwrap_or_default();
+        account(&mut measured, blocks * work.block_size, &before, &after);
         measured.verified = checked > 0;
         Ok(measured)
     }
@@ -476,6 +488,14 @@ impl<'a> Bench<'a> {
                 "the repeats differ by more than 10 %: {}",
                 names.join(", ")
             ));
+        }
+        let behind = self.report.rows.iter().filter(|row| {
+            let reached = row.blocks_per_s.zip(row.rate);
+            reached.is_some_and(|(reached, rate)| reached < RATE_KEPT * rate)
+        });
+        let names: Vec<&str> = behind.map(|row| row.name.as_str()).collect();
+        if !names.is_empty() {
+            notes.push(format!("--rate was not kept: {}", names.join(", ")));
         }
         if self.plan.integrity == Integrity::None {
             notes.push(

@@ -54,13 +54,19 @@ impl Window {
         Ok(ids)
     }
 
-    /// Counts the blocks that have arrived, out of order as they may; returns how many.
+    /// Counts the blocks that have arrived, each of which must be the one that
+    /// was due there, out of order as they may; returns how many.
     pub fn collect(&mut self, node: &mut Node) -> Result<u64, BenchError> {
         let before = self.arrived;
-        for place in self.posted.iter_mut().take(self.batch) {
+        let oldest = self.next - self.posted.len() as u64;
+        let posted = self.posted.iter_mut().take(self.batch);
+        for (place, number) in posted.zip(oldest..) {
             let Some(transfer) = place else { continue };
             if let Some(result) = poll(transfer) {
                 node.count(&result?);
+                if !self.pool.has_stamp(&self.layout, number)? {
+                    return Err(BenchError::Inconsistent { block: number });
+                }
                 *place = None;
                 self.arrived += 1;
             }
@@ -78,6 +84,7 @@ impl Window {
 
     /// Compares what arrived with the row's pattern.
     pub fn check(&self, bytes_max: u64) -> Result<u64, BenchError> {
-        self.pool.check(&self.layout, self.arrived, bytes_max)
+        self.pool
+            .check_stamped(&self.layout, self.arrived, bytes_max)
     }
 }

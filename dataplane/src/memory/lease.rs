@@ -209,6 +209,20 @@ impl Lease {
         })
     }
 
+    /// Reads from a socket or a file's position straight into `range`; returns
+    /// how many bytes that were, none at the end. One copy, the kernel's.
+    ///
+    /// # Panics
+    /// If the range lies outside, or the region may only be read.
+    pub fn read_stream(&self, range: Range<usize>, stream: impl AsFd) -> io::Result<usize> {
+        let len = range.end.saturating_sub(range.start);
+        let to = self.destination(range.start, len);
+        retry(|| {
+            // SAFETY: `destination` checked that `len` writable bytes are there.
+            unsafe { libc::read(stream.as_fd().as_raw_fd(), to.cast(), len) }
+        })
+    }
+
     /// Writes bytes in `range` straight to a file's position; returns how many
     /// it took. One copy, the kernel's.
     ///

@@ -52,7 +52,8 @@ pub fn serve_once() -> Result<u16, BenchError> {
     }
 }
 
-/// Runs a client for `seconds` with these further arguments.
+/// Runs a client for `seconds`, after another that is not counted, with these
+/// further arguments.
 pub fn run(to: (IpAddr, u16), seconds: f64, more: &[&str]) -> Result<Outcome, BenchError> {
     let output = Command::new("iperf3")
         .args([
@@ -62,6 +63,7 @@ pub fn run(to: (IpAddr, u16), seconds: f64, more: &[&str]) -> Result<Outcome, Be
             "--port",
             &to.1.to_string(),
         ])
+        .args(["--omit", "1"])
         .args(["--time", &seconds.ceil().to_string(), "--length", "1M"])
         .args(more)
         .output()

@@ -7,7 +7,7 @@
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
-use genie_dataplane::device::{BURST_MAX, Device, Payload, TxFrame};
+use genie_dataplane::device::{BURST_MAX, Device, HEAD_MAX, Payload, TxFrame};
 use genie_dataplane::dpdk::{DeviceSpec, Port};
 use genie_dataplane::memory::{Lease, Region, View};
 use serde::{Deserialize, Serialize};
@@ -15,23 +15,31 @@ use serde::{Deserialize, Serialize};
 use crate::bench::BenchError;
 use crate::bench::carriers::{Kind, dpdk_options};
 use crate::bench::environment::cpu_time;
+use crate::bench::measure::{Carrier, Slot};
+use crate::bench::pool;
 
 /// Ethernet, IPv6, UDP and Genie's data header: what a frame of the engine has
-/// in front of its payload, within 2 bytes.
-const HEAD_BYTES: usize = 94;
+/// in front of its payload.
+const HEAD_BYTES: usize = 14 + 40 + 8 + 40;
+
+/// Bytes of a tensor in a frame of the engine's, on a port of MTU 9000.
+pub const PAYLOAD_BYTES: usize = 8896;
+
+/// Length of a frame.
+const FRAME_BYTES: usize = HEAD_BYTES + PAYLOAD_BYTES;
 
 /// Where in the head a frame says which payload it has, and its CRC32C.
 const PLACE: Range<usize> = 14..18;
 const CRC: Range<usize> = 18..22;
-
-/// What is sent from and received into: beyond any second-level cache.
-const REGION_BYTES: usize = 64 << 20;
 
 /// Room for the frames that are sent.
 const MTU: u16 = 9000;
 
 /// Frames before the clock starts.
 const WARM_UP: Duration = Duration::from_millis(200);
+
+/// Between two frames of a ping-pong there is never so much time.
+const PING_PAUSE: Duration = Duration::from_secs(1);
 
 /// How long the other end may take to come.
 const LINK_LIMIT: Duration = Duration::from_secs(10);
@@ -47,19 +55,44 @@ pub enum Use {
     CopyCrc,
 }
 
+/// What both ends must know.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Work {
+    /// What is done with each frame's payload.
+    pub what: Use,
+    /// What is sent from, and received into, from its beginning to its end and
+    /// again.
+    pub region_bytes: usize,
+    /// Chooses what is sent.
+    pub salt: u64,
+    /// How long each repeat takes.
+    pub seconds: f64,
+    /// How often it is measured.
+    pub repeats: usize,
+}
+
 /// What a receiver saw.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Received {
     /// Its driver.
     pub driver: String,
-    /// Frames in the time measured.
-    pub frames: u64,
-    /// The time measured.
-    pub seconds: f64,
+    /// Frames in each of the times measured, and how long that was in seconds.
+    pub repeats: Vec<(u64, f64)>,
     /// Frames that were not what was sent.
     pub bad: u64,
     /// CPU time meanwhile: a poller's is all of one processor.
     pub cpu_seconds: f64,
+}
+
+impl Work {
+    /// The place in the region after a payload at `at`.
+    fn after(&self, at: usize) -> usize {
+        if at + 2 * PAYLOAD_BYTES > self.region_bytes {
+            0
+        } else {
+            at + PAYLOAD_BYTES
+        }
+    }
 }
 
 /// What a sender did.
@@ -74,9 +107,6 @@ pub struct Sent {
 }
 
 impl Use {
-    /// All three.
-    pub const ALL: [Use; 3] = [Use::Untouched, Use::Copy, Use::CopyCrc];
-
     /// As a baseline's name says it.
     pub fn name(self) -> &'static str {
         match self {
@@ -85,6 +115,97 @@ impl Use {
             Use::CopyCrc => "copy-crc",
         }
     }
+}
+
+/// Frames there and back, one at a time: the sending end.
+#[derive(Debug)]
+pub struct Ping {
+    port: Port,
+    frame: TxFrame,
+    waiting: Option<Slot>,
+}
+
+impl Ping {
+    /// The longest block: it travels in the frame's head.
+    pub const BLOCK_MAX: usize = HEAD_MAX - HEAD_BYTES;
+
+    /// As [`send`], with blocks of so many bytes.
+    pub fn open(
+        device: &str,
+        block_bytes: usize,
+        opened: impl FnOnce() -> Result<(), BenchError>,
+    ) -> Result<Self, BenchError> {
+        let port = open(device)?;
+        opened()?;
+        wait_for_link(&port)?;
+        let len = HEAD_BYTES + block_bytes.min(Self::BLOCK_MAX);
+        let frame = TxFrame {
+            head: std::iter::repeat_n(0xff, len).collect(),
+            payload: None,
+        };
+        let waiting = None;
+        Ok(Self {
+            port,
+            frame,
+            waiting,
+        })
+    }
+
+    /// The driver.
+    pub fn driver(&self) -> &str {
+        &self.port.capabilities().driver
+    }
+}
+
+impl Carrier for Ping {
+    fn begin(&mut self, slot: Slot) -> Result<(), BenchError> {
+        let until = Instant::now() + LINK_LIMIT;
+        while self.port.tx_burst(std::slice::from_ref(&self.frame)) == 0 {
+            if Instant::now() > until {
+                return Err(BenchError::Silent(LINK_LIMIT));
+            }
+        }
+        self.waiting = Some(slot);
+        Ok(())
+    }
+
+    fn complete(&mut self, _: Option<Instant>, done: &mut Vec<Slot>) -> Result<(), BenchError> {
+        let (mut polls, mut began) = (0u64, None);
+        while self.port.rx_burst(&mut |_| {}) == 0 {
+            polls += 1;
+            // The clock is looked at once in a while.
+            if polls.is_multiple_of(1 << 16)
+                && began.get_or_insert_with(Instant::now).elapsed() > LINK_LIMIT
+            {
+                return Err(BenchError::Silent(LINK_LIMIT));
+            }
+        }
+        done.extend(self.waiting.take());
+        Ok(())
+    }
+}
+
+/// Frames there and back: the other end, until none has come for a while.
+/// Returns its driver.
+pub fn pong(device: &str) -> Result<String, BenchError> {
+    let mut port = open(device)?;
+    wait_for_link(&port)?;
+    let (mut last, mut limit) = (Instant::now(), LINK_LIMIT);
+    while last.elapsed() < limit {
+        for _ in 0..1024 {
+            let mut back = TxFrame::default();
+            let count = port.rx_burst(&mut |frame| {
+                let mut bytes = [0; HEAD_MAX];
+                let len = frame.copy_to(&mut bytes);
+                back.head = bytes[..len].iter().copied().collect();
+            });
+            if count > 0 {
+                while port.tx_burst(std::slice::from_ref(&back)) == 0 {}
+                (last, limit) = (Instant::now(), PING_PAUSE);
+            }
+        }
+    }
+    Ok(port.capabilities().driver.clone())
 }
 
 fn open(device: &str) -> Result<Port, BenchError> {
@@ -109,26 +230,23 @@ fn wait_for_link(port: &Port) -> Result<(), BenchError> {
 /// waiting for the other end.
 pub fn send(
     device: &str,
-    frame_bytes: usize,
-    what: Use,
+    work: &Work,
     opened: impl FnOnce() -> Result<(), BenchError>,
     mut stop: impl FnMut() -> Result<bool, BenchError>,
 ) -> Result<Sent, BenchError> {
     let mut port = open(device)?;
     opened()?;
     wait_for_link(&port)?;
-    let lease = Lease::whole(Region::allocate(REGION_BYTES)?.0);
-    let pattern: Vec<u8> = (0..REGION_BYTES).map(pattern).collect();
-    lease.write_at(0, View::from(&pattern[..]));
-    drop(pattern);
+    let lease = Lease::whole(Region::allocate(work.region_bytes)?.0);
+    pool::fill(&lease, work.salt, 0);
     let refused = |error| BenchError::Engine(Kind::Dpdk, format!("{error}"));
     let attachment = port.attach(lease.clone()).map_err(refused)?;
-    let len = frame_bytes - HEAD_BYTES;
+    let len = PAYLOAD_BYTES;
     let mut next = 0;
     let mut fill = |frame: &mut TxFrame| {
         frame.head = [0xff; HEAD_BYTES].into_iter().collect();
         frame.head[PLACE].copy_from_slice(&(next as u32).to_le_bytes());
-        if what == Use::CopyCrc {
+        if work.what == Use::CopyCrc {
             let crc = lease.crc32c(next..next + len);
             frame.head[CRC].copy_from_slice(&crc.to_le_bytes());
         }
@@ -137,7 +255,7 @@ pub fn send(
             offset: next as u64,
             len: len as u32,
         });
-        next = after(next, len);
+        next = work.after(next);
     };
     let mut frames = vec![TxFrame::default(); BURST_MAX];
     frames.iter_mut().for_each(&mut fill);
@@ -161,17 +279,14 @@ pub fn send(
     })
 }
 
-/// Receives frames for so long.
-pub fn receive(
-    device: &str,
-    frame_bytes: usize,
-    what: Use,
-    seconds: f64,
-) -> Result<Received, BenchError> {
+/// Receives frames, and counts them.
+pub fn receive(device: &str, work: &Work) -> Result<Received, BenchError> {
     let mut port = open(device)?;
     wait_for_link(&port)?;
-    let lease = Lease::whole(Region::allocate(REGION_BYTES)?.0);
-    let (mut frames, mut bad) = (0u64, 0u64);
+    let lease = Lease::whole(Region::allocate(work.region_bytes)?.0);
+    // Present before the clock starts, and nothing that was sent.
+    pool::fill(&lease, work.salt + 1, 0);
+    let mut bad = 0u64;
     let mut on_frame = |frame: View<'_>| {
         let word = |range: Range<usize>| {
             let mut word = [0; 4];
@@ -184,16 +299,15 @@ pub fn receive(
             return;
         };
         let at = at as usize;
-        if frame.len() != frame_bytes || at + payload.len() > REGION_BYTES {
+        if frame.len() != FRAME_BYTES || at + payload.len() > work.region_bytes {
             bad += 1;
             return;
         }
-        match what {
+        match work.what {
             Use::Untouched => {}
             Use::Copy => lease.write_at(at, payload),
             Use::CopyCrc => bad += u64::from(lease.place(at, payload) != crc),
         }
-        frames += 1;
     };
     let run = |port: &mut Port, time: Duration, on_frame: &mut dyn FnMut(View<'_>)| {
         let (start, mut count) = (Instant::now(), 0);
@@ -202,7 +316,7 @@ pub fn receive(
                 count += port.rx_burst(on_frame) as u64;
             }
         }
-        (count, start.elapsed())
+        (count, start.elapsed().as_secs_f64())
     };
     let until = Instant::now() + LINK_LIMIT;
     while port.rx_burst(&mut on_frame) == 0 {
@@ -212,40 +326,19 @@ pub fn receive(
     }
     run(&mut port, WARM_UP, &mut on_frame);
     let before = cpu_time();
-    let (count, time) = run(&mut port, Duration::from_secs_f64(seconds), &mut on_frame);
+    let time = Duration::from_secs_f64(work.seconds);
+    let repeats = (0..work.repeats).map(|_| run(&mut port, time, &mut on_frame));
+    let repeats: Vec<(u64, f64)> = repeats.collect();
     let cpu_seconds = (cpu_time() - before).as_secs_f64();
-    let len = frame_bytes - HEAD_BYTES;
-    if what != Use::Untouched {
+    if work.what != Use::Untouched {
         // Long enough was received for the first payloads to be in their places.
-        let mut bytes = vec![0; 16 * len];
-        lease.read_at(0, &mut bytes);
-        bad += u64::from(
-            bytes
-                .iter()
-                .enumerate()
-                .any(|(at, byte)| *byte != pattern(at)),
-        );
+        let first = lease.slice(0..16 * PAYLOAD_BYTES as u64);
+        bad += u64::from(!first.is_ok_and(|first| pool::is_pattern(&first, work.salt, 0)));
     }
-    let driver = port.capabilities().driver.clone();
     Ok(Received {
-        driver,
-        frames: count,
-        seconds: time.as_secs_f64(),
+        driver: port.capabilities().driver.clone(),
+        repeats,
         bad,
         cpu_seconds,
     })
-}
-
-/// The place in the region after a payload at `at`.
-fn after(at: usize, len: usize) -> usize {
-    if at + 2 * len > REGION_BYTES {
-        0
-    } else {
-        at + len
-    }
-}
-
-/// What the sender has at each place: not the same for two neighbouring frames.
-fn pattern(at: usize) -> u8 {
-    ((at as u32).wrapping_mul(2_654_435_761) >> 21) as u8
 }

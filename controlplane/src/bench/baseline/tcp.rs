@@ -7,8 +7,11 @@
 
 use std::io::{Read, Write};
 use std::net::{IpAddr, TcpListener, TcpStream};
+use std::ops::Range;
 use std::time::{Duration, Instant};
 
+use genie_dataplane::memory::Lease;
+use rustix::net::SendFlags;
 use serde::{Deserialize, Serialize};
 
 use crate::bench::BenchError;
@@ -43,7 +46,7 @@ pub struct How {
 #[derive(Debug)]
 pub struct BareTcp {
     streams: Streams,
-    source: Source,
+    pool: Pool,
     layout: Layout,
     how: How,
     begun: u64,
@@ -54,36 +57,11 @@ pub struct BareTcp {
 #[derive(Debug)]
 struct Streams(Vec<TcpStream>);
 
-/// Ordinary memory of a row: what `read` and `write` take.
-#[derive(Debug)]
-struct Source {
-    bytes: Vec<u8>,
-}
-
-impl Source {
-    fn new(pool: &Pool, layout: &Layout) -> Result<Self, BenchError> {
-        let mut bytes = vec![0; layout.bytes() as usize];
-        // Pages that are there, with what the pool has in them.
-        for number in 0..layout.count {
-            let at = layout.offset(number) as usize;
-            let into = &mut bytes[at..at + layout.block_size as usize];
-            pool.block(layout, number)?.read_at(0, into);
-        }
-        Ok(Self { bytes })
-    }
-
-    fn block(&mut self, layout: &Layout, number: u64) -> &mut [u8] {
-        let at = layout.offset(number) as usize;
-        &mut self.bytes[at..at + layout.block_size as usize]
-    }
-}
-
 /// Accepts a row's connections in a thread of its own and receives what comes;
 /// returns the port.
 pub fn serve_once(ip: IpAddr, pool: Pool, layout: Layout, how: How) -> Result<u16, BenchError> {
     let listener = TcpListener::bind((ip, 0)).map_err(BenchError::Channel)?;
     let port = listener.local_addr().map_err(BenchError::Channel)?.port();
-    let mut into = Source::new(&pool, &layout)?;
     std::thread::spawn(move || {
         // The other end sees the connection end and says so.
         let Ok(mut streams) = Streams::accept(&listener, &how) else {
@@ -91,9 +69,11 @@ pub fn serve_once(ip: IpAddr, pool: Pool, layout: Layout, how: How) -> Result<u1
         };
         let How { crc, echo, .. } = how;
         let mut number = 0;
-        while let Ok(intact) = streams.read_block(into.block(&layout, number), crc) {
-            let answer = if echo {
-                streams.write_block(into.block(&layout, number), false)
+        while let Ok(block) = pool.block(&layout, number)
+            && let Ok(intact) = streams.read_block(&block, crc)
+        {
+            let answer = if echo && intact {
+                streams.write_block(&block, crc)
             } else {
                 streams.0[0].write_all(&[if intact { ARRIVED } else { DAMAGED }])
             };
@@ -133,10 +113,9 @@ impl BareTcp {
         how: How,
     ) -> Result<Self, BenchError> {
         let streams = Streams::connect(to, &how).map_err(BenchError::Channel)?;
-        let source = Source::new(pool, &layout)?;
         Ok(Self {
             streams,
-            source,
+            pool: pool.clone(),
             layout,
             how,
             begun: 0,
@@ -147,8 +126,8 @@ impl BareTcp {
 
 impl Carrier for BareTcp {
     fn begin(&mut self, slot: Slot) -> Result<(), BenchError> {
-        let block = self.source.block(&self.layout, self.begun);
-        (self.streams.write_block(block, self.how.crc)).map_err(BenchError::Channel)?;
+        let block = self.pool.block(&self.layout, self.begun)?;
+        (self.streams.write_block(&block, self.how.crc)).map_err(BenchError::Channel)?;
         self.begun += 1;
         self.waiting.push_back(slot);
         Ok(())
@@ -165,8 +144,10 @@ impl Carrier for BareTcp {
         }
         if self.how.echo {
             let number = self.begun - self.waiting.len() as u64;
-            let block = self.source.block(&self.layout, number);
-            (self.streams.read_block(block, false)).map_err(BenchError::Channel)?;
+            let block = self.pool.block(&self.layout, number)?;
+            if !(self.streams.read_block(&block, self.how.crc)).map_err(BenchError::Channel)? {
+                return Err(BenchError::Inconsistent { block: number });
+            }
             done.extend(self.waiting.pop_front());
             return Ok(());
         }
@@ -184,6 +165,14 @@ impl Carrier for BareTcp {
         }
         done.extend(self.waiting.drain(..len));
         Ok(())
+    }
+}
+
+/// A stream that gives or takes nothing has ended.
+fn some(bytes: usize) -> std::io::Result<usize> {
+    match bytes {
+        0 => Err(std::io::ErrorKind::UnexpectedEof.into()),
+        some => Ok(some),
     }
 }
 
@@ -219,29 +208,41 @@ impl Streams {
         ))
     }
 
-    fn write_block(&mut self, block: &[u8], crc: bool) -> std::io::Result<()> {
-        let count = self.0.len();
-        for (index, piece) in block.chunks(PIECE).enumerate() {
-            let stream = &mut self.0[index % count];
+    fn write_block(&mut self, block: &Lease, crc: bool) -> std::io::Result<()> {
+        for (stream, piece) in self.pieces(block) {
             if crc {
-                stream.write_all(&crc32c::crc32c(piece).to_ne_bytes())?;
+                let crc = block.crc32c(piece.clone()).to_ne_bytes();
+                // It leaves with what follows it.
+                rustix::net::send(stream, &crc, SendFlags::MORE)?;
             }
-            stream.write_all(piece)?;
+            let mut at = piece.start;
+            while at < piece.end {
+                at += some(block.write_file(at..piece.end, stream)?)?;
+            }
         }
         Ok(())
     }
 
-    fn read_block(&mut self, block: &mut [u8], crc: bool) -> std::io::Result<bool> {
-        let (count, mut intact) = (self.0.len(), true);
-        for (index, piece) in block.chunks_mut(PIECE).enumerate() {
-            let stream = &mut self.0[index % count];
+    fn read_block(&mut self, block: &Lease, crc: bool) -> std::io::Result<bool> {
+        let mut intact = true;
+        for (mut stream, piece) in self.pieces(block) {
             let mut expected = [0; 4];
             if crc {
                 stream.read_exact(&mut expected)?;
             }
-            stream.read_exact(piece)?;
-            intact &= !crc || crc32c::crc32c(piece) == u32::from_ne_bytes(expected);
+            let mut at = piece.start;
+            while at < piece.end {
+                at += some(block.read_stream(at..piece.end, stream)?)?;
+            }
+            intact &= !crc || block.crc32c(piece) == u32::from_ne_bytes(expected);
         }
         Ok(intact)
+    }
+
+    /// The pieces of a block, each with the connection that carries it.
+    fn pieces(&self, block: &Lease) -> impl Iterator<Item = (&TcpStream, Range<usize>)> {
+        let (len, streams) = (block.len(), self.0.iter().cycle());
+        let pieces = (0..len).step_by(PIECE);
+        streams.zip(pieces.map(move |at| at..(at + PIECE).min(len)))
     }
 }

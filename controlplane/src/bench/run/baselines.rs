@@ -1,6 +1,6 @@
 //! The baselines of a run.
 
-use super::{Bench, FRAME_BYTES, op_name, temperature};
+use super::{Bench, op_name, temperature};
 use crate::bench::BenchError;
 use crate::bench::baseline::tcp::{BareTcp, How};
 use crate::bench::baseline::{Baseline, iperf3, memcpy::Memcpy, raw};
@@ -15,6 +15,18 @@ use crate::bench::plan::{Op, PlannedRow};
 use crate::bench::pool::{Layout, Pool};
 use crate::bench::report::{NotMeasured, Row};
 use crate::bench::statistics::{confidence_95, median};
+
+/// The pair of devices between this process and the other.
+fn pair_of(other: &Other) -> Result<String, BenchError> {
+    let folder = other.folder.as_ref().ok_or_else(|| {
+        let reason = "the raw loop needs both processes on this host: --spawn";
+        BenchError::Refused(reason.into())
+    })?;
+    Ok(format!("pair:{}", folder.path().join("pair").display()))
+}
+
+/// The bare device goes through as much memory as rows of such blocks do.
+const RAW_BLOCK: u64 = 16 << 20;
 
 impl Bench<'_> {
     /// Measures one family.
@@ -82,9 +94,9 @@ impl Bench<'_> {
         for control in self.controls(Kind::Tcp) {
             for row in &rows {
                 let echo = row.op == Op::Pingpong;
-                for crc in if echo { &[false][..] } else { &[false, true] } {
+                for crc in [false, true] {
                     let how = How {
-                        crc: *crc,
+                        crc,
                         echo,
                         streams: self.plan.streams,
                         congestion: control.clone(),
@@ -127,11 +139,13 @@ impl Bench<'_> {
             ),
             op: op_name(row.op).into(),
             transport: "tcp".into(),
-            memory: Some("pages".into()),
+            memory: Some(pool.pages().into()),
             cold: row.cold,
             block_size: row.block_size,
             batch_size: row.batch_size,
+            threads: Some(1),
             streams: Some(self.plan.streams),
+            // A piece whose checksum differs ends the row.
             verified: how.crc,
             ..Row::default()
         };
@@ -224,69 +238,127 @@ impl Bench<'_> {
     }
 
     fn measure_raw(&mut self) -> Result<(), BenchError> {
-        for what in raw::Use::ALL {
-            let mut received: Vec<raw::Received> = Vec::new();
-            let mut sent: Vec<raw::Sent> = Vec::new();
-            for _ in 0..self.plan.repeats {
-                let mut other = self.connect()?;
-                let Some(folder) = &other.folder else {
-                    let reason = "the raw loop needs both processes on this host: --spawn";
-                    return Err(BenchError::Refused(reason.into()));
-                };
-                let device = format!("pair:{}", folder.path().join("pair").display());
-                let channel = std::cell::RefCell::new(&mut other.channel);
-                let seconds = self.plan.duration.as_secs_f64();
-                let opened = || {
-                    let request = Request::RawDevice {
-                        device: device.clone(),
-                        frame_bytes: FRAME_BYTES,
-                        what,
-                        seconds,
-                    };
-                    match ask(*channel.borrow_mut(), &request)? {
-                        Reply::Ready => Ok(()),
-                        reply => Err(unexpected(reply)),
-                    }
-                };
-                let stop = || match channel.borrow_mut().try_receive()? {
-                    None => Ok(false),
-                    Some(Reply::Frames(frames)) => {
-                        received.push(frames);
-                        Ok(true)
-                    }
-                    Some(reply) => Err(unexpected(reply)),
-                };
-                sent.push(raw::send(&device, FRAME_BYTES, what, opened, stop)?);
+        self.measure_raw_device(raw::Use::Untouched, false)?;
+        for what in [raw::Use::Copy, raw::Use::CopyCrc] {
+            for cold in [true, false] {
+                self.measure_raw_device(what, cold)?;
             }
-            let rate = |received: &raw::Received| {
-                (received.frames * FRAME_BYTES as u64) as f64 / received.seconds / 1e9
-            };
-            let rates: Vec<f64> = received.iter().map(rate).collect();
-            let bad: u64 = received.iter().map(|received| received.bad).sum();
-            let theirs = received.first().map_or("", |received| &received.driver);
-            let ours = sent.first().map_or("", |sent| &sent.driver);
-            let gigabytes = |frames: u64| (frames.max(1) * FRAME_BYTES as u64) as f64 / 1e9;
-            let cpu = received.iter().zip(&sent).map(|(received, sent)| {
-                received.cpu_seconds / gigabytes(received.frames)
-                    + sent.cpu_seconds / gigabytes(sent.frames)
-            });
-            self.report.baselines.push(Row {
-                name: format!("raw device {}", what.name()),
-                op: "frames".into(),
-                transport: "dpdk".into(),
-                device: Some(format!("{ours} → {theirs}")),
-                cold: true,
-                block_size: FRAME_BYTES as u64,
-                batch_size: 32,
-                repeats: rates.len(),
-                gb_per_s: median(&rates),
-                gb_per_s_ci95: confidence_95(&rates),
-                cpu_s_per_gb: median(&cpu.collect::<Vec<_>>()),
-                verified: what != raw::Use::Untouched && bad == 0,
-                error: (bad > 0).then(|| format!("{bad} frames were not what was sent")),
-                ..Row::default()
-            });
         }
+        self.measure_raw_pingpong()
+    }
+
+    fn measure_raw_pingpong(&mut self) -> Result<(), BenchError> {
+        let pingpongs =
+            self.plan.rows.iter().filter(|row| {
+                row.op == Op::Pingpong && row.block_size <= raw::Ping::BLOCK_MAX as u64
+            });
+        for row in pingpongs.copied().collect::<Vec<_>>() {
+            let mut other = self.connect()?;
+            let device = pair_of(&other)?;
+            let opened = || match ask(
+                &mut other.channel,
+                &Request::RawPong {
+                    device: device.clone(),
+                },
+            )? {
+                Reply::Ready => Ok(()),
+                reply => Err(unexpected(reply)),
+            };
+            let mut ping = raw::Ping::open(&device, row.block_size as usize, opened)?;
+            let work = Workload {
+                rate: None,
+                ..self.workload(&row)
+            };
+            let warmup = Workload {
+                duration: self.plan.warmup,
+                ..work.clone()
+            };
+            measure::run(&mut ping, &warmup)?;
+            let described = Row {
+                name: format!("raw device pingpong {}", row.block_size),
+                op: op_name(row.op).into(),
+                transport: "dpdk".into(),
+                block_size: row.block_size,
+                batch_size: 1,
+                ..Row::default()
+            };
+            let mut measured = self.measure_carrier(&mut ping, described, &work)?;
+            // Of the other end, which polls as well, nobody is asked meanwhile.
+            measured.cpu_s_per_gb = None;
+            let theirs = match other.channel.receive(std::time::Duration::from_secs(10))? {
+                Reply::Driver(theirs) => theirs,
+                reply => return Err(unexpected(reply)),
+            };
+            measured.device = Some(format!("{} → {theirs}", ping.driver()));
+            self.report.baselines.push(measured);
+        }
+        Ok(())
+    }
+
+    fn measure_raw_device(&mut self, what: raw::Use, cold: bool) -> Result<(), BenchError> {
+        let layout = self.next_layout(&PlannedRow {
+            op: Op::Send,
+            block_size: RAW_BLOCK,
+            batch_size: 1,
+            cold,
+        });
+        let work = raw::Work {
+            what,
+            region_bytes: layout.bytes() as usize,
+            salt: layout.salt,
+            seconds: self.plan.duration.as_secs_f64(),
+            repeats: self.plan.repeats,
+        };
+        let mut other = self.connect()?;
+        let device = pair_of(&other)?;
+        let channel = std::cell::RefCell::new(&mut other.channel);
+        let opened = || {
+            let (device, work) = (device.clone(), work.clone());
+            match ask(*channel.borrow_mut(), &Request::RawDevice { device, work })? {
+                Reply::Ready => Ok(()),
+                reply => Err(unexpected(reply)),
+            }
+        };
+        let mut received = None;
+        let stop = || match channel.borrow_mut().try_receive()? {
+            None => Ok(false),
+            Some(Reply::Frames(frames)) => {
+                received = Some(frames);
+                Ok(true)
+            }
+            Some(reply) => Err(unexpected(reply)),
+        };
+        let sent = raw::send(&device, &work, opened, stop)?;
+        let received = received.ok_or(BenchError::PeerGone)?;
+        let gigabytes = |frames: u64| (frames * raw::PAYLOAD_BYTES as u64) as f64 / 1e9;
+        let rates = received.repeats.iter();
+        let rates: Vec<f64> = rates
+            .map(|(frames, seconds)| gigabytes(*frames) / seconds)
+            .collect();
+        let frames: u64 = received.repeats.iter().map(|(frames, _)| frames).sum();
+        let cpu = received.cpu_seconds / gigabytes(frames.max(1))
+            + sent.cpu_seconds / gigabytes(sent.frames.max(1));
+        let untouched = what == raw::Use::Untouched;
+        self.report.baselines.push(Row {
+            name: match untouched {
+                true => "raw device untouched".into(),
+                false => format!("raw device {} {}", what.name(), temperature(cold)),
+            },
+            op: "frames".into(),
+            transport: "dpdk".into(),
+            device: Some(format!("{} → {}", sent.driver, received.driver)),
+            cold,
+            block_size: raw::PAYLOAD_BYTES as u64,
+            batch_size: 32,
+            repeats: rates.len(),
+            gb_per_s: median(&rates),
+            gb_per_s_ci95: confidence_95(&rates),
+            cpu_s_per_gb: Some(cpu),
+            verified: !untouched && received.bad == 0,
+            error: (received.bad > 0)
+                .then(|| format!("{} frames were not what was sent", received.bad)),
+            ..Row::default()
+        });
         Ok(())
     }
 
