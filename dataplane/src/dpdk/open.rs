@@ -8,7 +8,7 @@ use std::time::Duration;
 use genie_dpdk_abi as abi;
 
 use super::library::{Library, LoadError};
-use super::pair::{Claim, PairError};
+use super::pair::{self, Claim, PairError};
 use super::spec::DeviceSpec;
 use super::vdev;
 use crate::device::attachments::ATTACHMENTS_MAX;
@@ -27,7 +27,7 @@ pub struct Options {
     pub pci: Vec<String>,
     /// Largest IP packet in bytes; a device that carries less is used with its own limit.
     pub mtu: u16,
-    /// Receive descriptors wanted.
+    /// Receive descriptors wanted; at most [`pair::DESCRIPTORS`] of a local pair.
     pub rx_descriptors: u16,
     /// Transmit descriptors wanted.
     pub tx_descriptors: u16,
@@ -87,6 +87,14 @@ pub(super) fn open(
     let library = super::load()?;
     bring_up(library, spec, options)?;
     register_thread(library)?;
+    let options = &match spec {
+        DeviceSpec::Pair(_) => Options {
+            rx_descriptors: options.rx_descriptors.min(pair::DESCRIPTORS),
+            tx_descriptors: options.tx_descriptors.min(pair::DESCRIPTORS),
+            ..options.clone()
+        },
+        _ => options.clone(),
+    };
     let (claim, devargs, mtu) = match spec {
         DeviceSpec::Pci(text) => (None, text.clone(), options.mtu),
         DeviceSpec::Vdev(text) => {

@@ -19,7 +19,7 @@
 //! - virtio_user says it takes an MTU of at most 9698; 9000 is used. It cannot
 //!   refer to memory outside DPDK's heap, so it copies payloads into packets.
 //!   vhost refers to any memory, and does the copying between the processes.
-//! - 1024 descriptors each way: vhost has no ring of its own and works with
+//! - [`DESCRIPTORS`] each way: vhost has no ring of its own and works with
 //!   virtio_user's, which must be a power of two (`queue_size`).
 //! - A full ring refuses frames, and loses none.
 //! - virtio_user takes a peer back from the EAL's interrupt thread, if the port
@@ -88,6 +88,11 @@ pub struct Claim {
     socket: PathBuf,
     _lock: File,
 }
+
+/// Frames in each ring of a pair. Their buffers are written by one core and read
+/// by another, again and again, and 256 of 9 KiB are about a second-level cache:
+/// rings of 1024 carried 15 to 20 % less.
+pub const DESCRIPTORS: u16 = 256;
 
 impl Claim {
     /// Claims the first end that is free.
