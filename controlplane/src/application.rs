@@ -144,7 +144,8 @@ impl Application {
         match ask {
             Ask::Batch(ranges) => {
                 let (batches, arenas) = (&mut self.batches, &self.arenas);
-                match batches.begin(&self.node, &self.user, arenas, request, ranges) {
+                let limit = self.policy.deadline;
+                match batches.begin(&self.node, &self.user, arenas, request, ranges, limit) {
                     Ok(()) => Ok(()),
                     Err(error) => self.send(&batch::refused(request, &error)).await,
                 }
@@ -638,18 +639,15 @@ impl Application {
         node: Option<String>,
         under: Option<String>,
     ) -> Result<(), ApplicationError> {
-        let node_here = Arc::clone(&self.node);
-        let Some(_busy) = node_here.begin() else {
-            return self.fail(TransferError::Stopping).await;
+        let (here, owner) = (Arc::clone(&self.node), self.owner());
+        let operation = async move {
+            let _busy = here.begin().ok_or(TransferError::Stopping)?;
+            match remote(&here, node) {
+                None => Ok(here.store.list(under.as_deref(), &owner)),
+                Some(peer) => transfer::list(&here.session(&peer).await?, under).await,
+            }
         };
-        let listed = match remote(&self.node, node) {
-            None => Ok(self.node.store.list(under.as_deref(), &self.owner())),
-            Some(peer) => match self.node.session(&peer).await {
-                Ok(session) => transfer::list(&session, under).await,
-                Err(error) => Err(error.into()),
-            },
-        };
-        let listed = match listed {
+        let listed = match self.attend(operation, &Progress::default()).await? {
             Ok(listed) => listed,
             Err(error) => return self.fail(error).await,
         };
@@ -668,21 +666,15 @@ impl Application {
     }
 
     async fn remove(&mut self, node: Option<String>, name: &str) -> Result<(), ApplicationError> {
-        let node_here = Arc::clone(&self.node);
-        let Some(_busy) = node_here.begin() else {
-            return self.fail(TransferError::Stopping).await;
-        };
-        let removed = match remote(&self.node, node) {
-            None => {
-                let removed = self.node.store.remove(name, &self.owner());
-                removed.map_err(TransferError::from)
+        let (here, owner) = (Arc::clone(&self.node), self.owner());
+        let operation = async move {
+            let _busy = here.begin().ok_or(TransferError::Stopping)?;
+            match remote(&here, node) {
+                None => Ok(here.store.remove(name, &owner)?),
+                Some(peer) => transfer::remove(&here.session(&peer).await?, name).await,
             }
-            Some(peer) => match self.node.session(&peer).await {
-                Ok(session) => transfer::remove(&session, name).await,
-                Err(error) => Err(error.into()),
-            },
         };
-        match removed {
+        match self.attend(operation, &Progress::default()).await? {
             Ok(tensors) => self.send(&Answer::Removed { tensors }).await,
             Err(error) => self.fail(error).await,
         }

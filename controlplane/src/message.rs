@@ -42,7 +42,7 @@ use crate::transport::{Offer, Preference, Transport};
 pub struct Instance(pub [u8; 16]);
 
 /// Names one put in all attempts to make it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct RequestKey(pub [u8; 16]);
 
 /// How an agent introduces itself.

@@ -110,6 +110,12 @@ pub fn may(actor: &Owner, owner: &Owner) -> bool {
 
 const ROOT: u32 = 0;
 
+/// What a commit replaced. Dropping it may unmap large regions, which takes a
+/// while: under no lock, and not where others wait for the thread.
+#[derive(Debug)]
+#[must_use = "it is unmapped where it is dropped"]
+pub struct Replaced(#[expect(dead_code, reason = "held to be dropped")] Option<Set>);
+
 impl Store {
     /// An empty store.
     pub fn new(limit_bytes: u64) -> Self {
@@ -146,7 +152,7 @@ impl Store {
         metadata: Option<Metadata>,
         owner: &Owner,
         charge: Charge,
-    ) -> Result<(), CommitError> {
+    ) -> Result<Replaced, CommitError> {
         let mut contents = self.lock();
         contents.check(prefix, tensors.iter().map(|(info, _)| info), owner)?;
         let stored = |(info, lease)| Stored {
@@ -168,10 +174,7 @@ impl Store {
             charge,
         };
         contents.sets.insert(prefix.to_owned(), set);
-        drop(contents);
-        // Unmapping a large region takes a while; not under the lock.
-        drop(replaced);
-        Ok(())
+        Ok(Replaced(replaced))
     }
 
     /// The tensors under `prefix`, with names relative to it, and its metadata.
@@ -495,7 +498,9 @@ mod tests {
         let infos = tensors.iter().map(|(info, _)| info);
         let bytes = description_bytes(prefix, infos, metadata.as_ref(), owner);
         let charge = store.budget().charge(bytes).unwrap();
-        store.commit(prefix, tensors, metadata, owner, charge)
+        store
+            .commit(prefix, tensors, metadata, owner, charge)
+            .map(drop)
     }
 
     /// What is counted beyond the tensors' pages.

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use genie_client::{Client, ClientError, Dtype, FailureKind, Memory, Tensor};
+use genie_client::{Batch, Client, ClientError, Dtype, FailureKind, Memory, Tensor};
 use genie_controlplane::message::RequestKey;
 use genie_controlplane::transfer::{self, Progress, Source};
 use genie_dataplane::memory::{Backing, Lease, Region, View};
@@ -128,6 +128,8 @@ fn what_takes_longer_than_its_deadline_fails_and_the_connection_goes_on() {
     let tensor = tensor(&mut client, &model::noise(3, 1000));
     let put = |client: &mut Client| client.put(Some("b"), "m", std::slice::from_ref(&tensor), None);
     put(&mut client).unwrap();
+    let window = client.create_window(Some("b"), "w", 1000, Memory::Auto);
+    let window = window.unwrap();
     let limit = Duration::from_millis(300);
     client.set_patience(Some(limit), Some(GENEROUS)).unwrap();
     b.signal(Signal::STOP);
@@ -136,11 +138,27 @@ fn what_takes_longer_than_its_deadline_fails_and_the_connection_goes_on() {
     assert_eq!(kind, FailureKind::Deadline);
     assert!(message.contains("300ms"), "{message}");
     assert!(began.elapsed() >= limit);
+    for ask in ["list", "remove", "write"] {
+        let began = Instant::now();
+        let (kind, message) = match ask {
+            "list" => failed(client.list(Some("b"))),
+            "remove" => failed(client.remove(Some("b"), "m")),
+            _ => {
+                let mut batch = Batch::write();
+                batch.range(&window, 0..1000, &tensor, 0).unwrap();
+                let posted = client.post(&batch).unwrap();
+                failed(client.wait(posted))
+            }
+        };
+        assert_eq!(kind, FailureKind::Deadline, "{ask}: {message}");
+        assert!((limit..GENEROUS).contains(&began.elapsed()), "{ask}");
+    }
     b.signal(Signal::CONT);
     client.set_patience(None, None).unwrap();
     put(&mut client).expect("the connection and the session are as good as before");
     eventually("nothing of the first attempt is held", || {
-        (b.status()["store"]["regions"] == 1).then_some(())
+        // The window and what was put.
+        (b.status()["store"]["regions"] == 2).then_some(())
     });
 
     let output = a.genie(&["put", "--deadline=0s", "--retry=1x", "x.safetensors", "b:m"]);

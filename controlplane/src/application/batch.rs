@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::time::Duration;
 
 use genie_client::protocol::{Answer, BATCHES_MAX, Direction, Failure, Ranges};
 use genie_client::{Moved, Owner};
@@ -10,7 +11,7 @@ use tokio::sync::oneshot;
 use tokio::task::JoinSet;
 
 use super::memory::Arenas;
-use super::{MemoryError, remote};
+use super::{MemoryError, late, remote};
 use crate::budget::AllocateError;
 use crate::message::Runs;
 use crate::metrics;
@@ -29,7 +30,8 @@ pub(super) struct Batches {
 const PIECE_BYTES: u64 = 512;
 
 impl Batches {
-    /// Begins a batch; its end comes out of [`Batches::next`].
+    /// Begins a batch; its end comes out of [`Batches::next`], after `deadline`
+    /// at the latest.
     pub(super) fn begin(
         &mut self,
         node: &Arc<Node>,
@@ -37,6 +39,7 @@ impl Batches {
         arenas: &Arenas,
         request: u64,
         batch: Ranges,
+        deadline: Option<Duration>,
     ) -> Result<(), MemoryError> {
         if self.stops.len() >= BATCHES_MAX {
             return Err(MemoryError::Batches);
@@ -59,6 +62,7 @@ impl Batches {
                     moved = run => moved,
                     // Stopped, not merely dropped: that is the connection's end.
                     Ok(()) = stopped => Err(TransferError::Cancelled),
+                    limit = late(deadline) => Err(TransferError::Deadline(limit)),
                 }
             };
             // The program may use its memory for something else once it knows.

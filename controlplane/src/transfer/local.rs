@@ -41,7 +41,8 @@ pub fn keep(
     let from = sources.iter().map(|source| &source.lease);
     let moved = copy_all(&infos, from, &leases, progress, began)?;
     let stored = infos.into_iter().zip(leases).collect();
-    store.commit(prefix, stored, metadata, owner, charge)?;
+    // Blocking is allowed here.
+    drop(store.commit(prefix, stored, metadata, owner, charge)?);
     Ok(moved)
 }
 

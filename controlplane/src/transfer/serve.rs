@@ -156,9 +156,9 @@ async fn serve_put(
     let outcome = tally.outcome(&infos);
     let tensors = infos.into_iter().zip(leases).collect();
     let commit = || node.store.commit(prefix, tensors, metadata, peer, charge);
-    Ok(node
-        .once
-        .commit(&call.session().peer, key, outcome, commit)?)
+    let (outcome, replaced) = (node.once).commit(&call.session().peer, key, outcome, commit)?;
+    tokio::task::spawn_blocking(move || drop(replaced));
+    Ok(outcome)
 }
 
 async fn serve_get(

@@ -34,6 +34,10 @@ impl Connection {
         } = &mut self.state
         {
             *due = false;
+            // No number is left that was not used.
+            if self.sent.next_number() >= U48_LIMIT {
+                return None;
+            }
             let reset = Reset {
                 scope: Scope::Session,
                 reason: *code,
