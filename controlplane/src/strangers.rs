@@ -5,6 +5,7 @@
 //! address. The invariant: *an address that holds more places than others loses
 //! its own, so strangers who stay silent keep nobody out but themselves*.
 
+use std::cmp::Reverse;
 use std::collections::{HashMap, VecDeque};
 use std::net::{IpAddr, Ipv6Addr};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -17,6 +18,9 @@ pub const STRANGERS_MAX: usize = 256;
 /// Of these from one address: many agents may share one behind a translating
 /// gateway, and come at the same time after an outage.
 pub const STRANGERS_PER_ADDRESS: usize = 64;
+
+/// Of these from one IPv6 prefix of 64 bits.
+const STRANGERS_PER_NETWORK: usize = 192;
 
 /// Those who are there. Clones refer to the same ones.
 #[derive(Clone, Debug, Default)]
@@ -49,7 +53,7 @@ pub struct Place {
 impl Strangers {
     /// A place for a stranger from this address; another one may lose its own.
     pub fn place(&self, from: IpAddr) -> Place {
-        let from = neighbourhood(from);
+        let from = from.to_canonical();
         let mut waiting = self.lock();
         waiting.make_room(from);
         let number = waiting.next;
@@ -94,28 +98,52 @@ impl Drop for Place {
 }
 
 impl Waiting {
+    /// Takes the place of the stranger that is to lose it, if one must.
     fn make_room(&mut self, from: IpAddr) {
-        let mut counts = HashMap::<IpAddr, usize>::new();
-        for stranger in &self.strangers {
-            *counts.entry(stranger.from).or_default() += 1;
-        }
-        let crowd = if counts.get(&from).copied().unwrap_or(0) >= STRANGERS_PER_ADDRESS {
-            from
-        } else if self.strangers.len() >= STRANGERS_MAX
-            && let Some((crowd, _)) = counts.into_iter().max_by_key(|(_, count)| *count)
-        {
-            crowd
+        let all = self.strangers.iter();
+        let loser = if all.clone().filter(|one| one.from == from).count() >= STRANGERS_PER_ADDRESS {
+            self.oldest_of_largest(|one| (one.from == from).then_some(from))
+        } else if all.filter(|one| one.is_near(from)).count() >= STRANGERS_PER_NETWORK {
+            self.oldest_of_largest(|one| one.is_near(from).then_some(one.from))
+        } else if self.strangers.len() >= STRANGERS_MAX {
+            let network = self.oldest_of_largest(|one| Some(network(one.from)));
+            let crowd = network.map(|at| self.strangers[at].from);
+            crowd.and_then(|crowd| {
+                self.oldest_of_largest(|one| one.is_near(crowd).then_some(one.from))
+            })
         } else {
-            return;
+            None
         };
-        if let Some(oldest) = self.strangers.iter().position(|one| one.from == crowd) {
-            self.strangers.remove(oldest);
+        if let Some(loser) = loser {
+            self.strangers.remove(loser);
         }
+    }
+
+    /// Where the oldest stranger of the largest group is; of equal groups, of
+    /// the one whose oldest waits longest.
+    fn oldest_of_largest(&self, group: impl Fn(&Stranger) -> Option<IpAddr>) -> Option<usize> {
+        let mut groups = HashMap::<IpAddr, (usize, usize)>::new();
+        for (at, stranger) in self.strangers.iter().enumerate() {
+            if let Some(group) = group(stranger) {
+                groups.entry(group).or_insert((0, at)).0 += 1;
+            }
+        }
+        let largest = groups
+            .into_values()
+            .max_by_key(|(count, oldest)| (*count, Reverse(*oldest)));
+        largest.map(|(_, oldest)| oldest)
     }
 }
 
-/// What one owner has many of counts as one address: an IPv6 prefix of 64 bits.
-fn neighbourhood(address: IpAddr) -> IpAddr {
+impl Stranger {
+    fn is_near(&self, address: IpAddr) -> bool {
+        network(self.from) == network(address)
+    }
+}
+
+/// What one owner may have many addresses of: an IPv6 prefix of 64 bits. Many
+/// owners may share one as well: it is also what a link of a network has.
+fn network(address: IpAddr) -> IpAddr {
     match address.to_canonical() {
         IpAddr::V4(address) => IpAddr::V4(address),
         IpAddr::V6(address) => {
@@ -178,8 +206,31 @@ mod tests {
     }
 
     #[test]
+    fn hosts_of_one_link_leave_each_other_in_peace_and_others_room() {
+        let strangers = Strangers::default();
+        let inside = |number: usize| -> IpAddr {
+            let text = format!("2001:db8::{number:x}");
+            text.parse().unwrap()
+        };
+        let place = |number| strangers.place(inside(number));
+        let mut link: Vec<_> = (0..STRANGERS_PER_NETWORK).map(place).collect();
+        assert!(!link.iter_mut().any(is_lost), "hosts that came once each");
+        let mut late = place(9999);
+        assert!(is_lost(&mut link[0]) && !link[1..].iter_mut().any(is_lost));
+        let mut others: Vec<_> = (0..64)
+            .map(|number| strangers.place(host(number)))
+            .collect();
+        assert!(!others.iter_mut().any(is_lost) && !is_lost(&mut late));
+        assert_eq!(strangers.count(), STRANGERS_MAX);
+        // Where nobody holds more than others, who waits longest goes.
+        let mut newest = strangers.place(host(64));
+        assert!(is_lost(&mut link[1]) && !link[2..].iter_mut().any(is_lost));
+        assert!(!others.iter_mut().any(is_lost) && !is_lost(&mut newest));
+    }
+
+    #[test]
     fn addresses_of_one_owner_are_one() {
-        let parse = |text: &str| neighbourhood(text.parse().unwrap());
+        let parse = |text: &str| network(text.parse().unwrap());
         assert_eq!(parse("2001:db8::1"), parse("2001:db8::ffff:1"));
         assert_ne!(parse("2001:db8::1"), parse("2001:db8:0:1::1"));
         assert_eq!(parse("::ffff:10.0.0.1"), parse("10.0.0.1"));
