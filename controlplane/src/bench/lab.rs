@@ -34,7 +34,16 @@ pub fn run(profile: &str, args: &BenchArgs, json: bool) -> Result<(), BenchError
     let report = lab.measure(&address);
     let wire = lab.down();
     let mut report = report?;
-    report.wire = Some(wire?);
+    let wire = wire?;
+    let count = |field: &str| wire[field].as_u64().unwrap_or(0);
+    let (missed, refused) = (count("missed"), count("refused"));
+    if missed + refused > 0 {
+        report.notes.push(format!(
+            "the wire emulator never saw {missed} frames and could not hand on {refused}: \
+             this measured the emulator too"
+        ));
+    }
+    report.wire = Some(wire);
     report.command = std::env::args().collect::<Vec<_>>().join(" ");
     report.notes.push(format!(
         "lab profile {profile}; kernel TCP's congestion control is in the rows' names"

@@ -172,6 +172,11 @@ impl<'a> Bench<'a> {
         }
         self.progress.finish_and_clear();
         watch.finish(&mut self.report.environment);
+        let place = &self.args.place;
+        if place.peer.is_some() || place.node.is_some() {
+            // The other end may be on this host, and is no child of this process.
+            self.report.environment.busy_others = None;
+        }
         if self.report.rows.is_empty() && !self.plan.rows.is_empty() {
             let missing = self.report.not_measured.first();
             let reason = missing.map_or("nothing to measure with", |one| &one.reason);

@@ -33,7 +33,7 @@ const PLACE: Range<usize> = 14..18;
 const CRC: Range<usize> = 18..22;
 
 /// Room for the frames that are sent.
-const MTU: u16 = 9000;
+pub const MTU: u16 = 9000;
 
 /// Frames before the clock starts.
 const WARM_UP: Duration = Duration::from_millis(200);

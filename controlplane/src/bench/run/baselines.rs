@@ -238,6 +238,10 @@ impl Bench<'_> {
     }
 
     fn measure_raw(&mut self) -> Result<(), BenchError> {
+        if self.args.mtu != raw::MTU {
+            let reason = format!("frames of the raw loop are those of an MTU of {}", raw::MTU);
+            return Err(BenchError::Refused(reason));
+        }
         self.measure_raw_device(raw::Use::Untouched, false)?;
         for what in [raw::Use::Copy, raw::Use::CopyCrc] {
             for cold in [true, false] {
