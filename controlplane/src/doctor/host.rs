@@ -216,7 +216,7 @@ pub(super) fn clock(system: &dyn System, _: &Wanted) -> Vec<Finding> {
     let since = system.now().duration_since(UNIX_EPOCH).unwrap_or_default();
     if since < OLDEST_CLOCK {
         let why = "it stands before this program was written, so certificates seem not yet valid";
-        let mend = as_root(system, "timedatectl set-ntp true");
+        let mend = as_root(system, keep_in_step(system));
         return vec![Finding::warn(what, why, mend)];
     }
     let folder = "/sys/devices/system/clocksource/clocksource0";
@@ -249,10 +249,23 @@ pub(super) fn synchronisation(system: &dyn System, _: &Wanted) -> Vec<Finding> {
         Ok(_) => {
             let why = "nobody keeps it in step (NTP): certificates may seem expired or not yet \
                        valid, and times in logs of several hosts do not compare";
-            Finding::warn(what, why, as_root(system, "timedatectl set-ntp true"))
+            Finding::warn(what, why, as_root(system, keep_in_step(system)))
         }
         Err(why) => Finding::ok(what, format!("the kernel does not say: {why}")),
     }]
+}
+
+/// What sets the clock and keeps it so, with systemd and, as in containers, without.
+fn keep_in_step(system: &dyn System) -> &'static str {
+    if system
+        .list("/run/systemd")
+        .iter()
+        .any(|name| name == "system")
+    {
+        "sh -c 'apt-get install -y systemd-timesyncd && timedatectl set-ntp true'"
+    } else {
+        "sh -c 'apt-get install -y chrony && { pidof chronyd || chronyd; }'"
+    }
 }
 
 pub(super) fn cuda(system: &dyn System, _: &Wanted) -> Vec<Finding> {
