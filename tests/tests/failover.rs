@@ -299,7 +299,9 @@ fn put_and_stop_shm(sources: &[Source], delay: Duration) -> bool {
         return false;
     }
     assert_eq!(moved.path, "tcp");
-    assert!(received < moved.bytes * 5 / 4, "{moved:?}");
+    // Tensors that were copied but not yet confirmed are sent again whole, all
+    // of them at the worst: by each path a byte is copied once at the most.
+    assert!(received <= moved.bytes * 2, "{moved:?}");
     let status = session(&nodes.a);
     assert_eq!((status.path.as_str(), status.path_changes), ("tcp", 1));
     assert!(status.reasons[0].starts_with("shm: lost: "), "{status:?}");
