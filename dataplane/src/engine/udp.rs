@@ -1,16 +1,18 @@
 //! The engine that speaks Genie's UDP protocol over a [`Device`].
 //!
 //! One thread owns the device, the link and every session's protocol state;
-//! nothing in it is shared. `Engine::run` is the whole of what it does.
+//! nothing in it is shared. [`Polled::turn`] is the whole of what it does: a
+//! caller drives it on a thread of its own choice, or [`spawn`] on one that
+//! sleeps when there is nothing to do, behind an [`Endpoint`](crate::endpoint::Endpoint).
 
 #![forbid(unsafe_code)]
 
 mod session;
 mod slots;
+mod thread;
 
 use std::collections::{HashMap, VecDeque};
 use std::net::{IpAddr, SocketAddr};
-use std::thread;
 use std::time::{Duration, Instant};
 
 use genie_proto::seal::Secrets;
@@ -18,17 +20,17 @@ use genie_proto::{Credit, SessionId, Time, wire};
 use serde::{Deserialize, Serialize};
 
 use super::frame::{self, Head, Parsed};
-use super::idle::{Bed, Idle, Rest};
 use super::link::Link;
 use super::{
-    Command, Completion, FailReason, OpenError, OperationId, Outbox, Receiver, ResentSnapshot,
+    Command, Completion, FailReason, IdleSnapshot, OpenError, OperationId, ResentSnapshot,
     RingSnapshot, SealedSnapshot, Status,
 };
 use crate::device::{BURST_MAX, Capabilities, Device, HEAD_MAX, TxFrame};
-use crate::endpoint::{Endpoint, EnginePorts, Running};
 use crate::memory::{RegionError, View};
 use session::Session;
 use slots::Slots;
+
+pub use thread::{SpawnError, spawn};
 
 /// How an engine is set up.
 #[derive(Clone, Debug)]
@@ -82,89 +84,55 @@ pub struct Remote {
     pub secrets: Option<Secrets>,
 }
 
-/// Why an engine did not start.
-#[derive(Debug, thiserror::Error)]
-pub enum SpawnError<E: std::error::Error + 'static> {
-    /// The device could not be opened.
-    #[error("cannot open the device")]
-    Device(#[source] E),
-    /// The kernel refused a thread or a descriptor.
-    #[error("cannot start the engine's thread")]
-    Thread(#[source] std::io::Error),
-    /// The thread ended before it said anything.
-    #[error("the engine's thread ended while it opened the device")]
-    Died,
-}
-
-/// Starts an engine on a thread of its own, which opens the device with `open`.
-pub fn spawn<D, E>(
-    config: Config,
-    open: impl FnOnce() -> Result<D, E> + Send + 'static,
-) -> Result<(Running, Local), SpawnError<E>>
-where
-    D: Device + 'static,
-    E: std::error::Error + Send + 'static,
-{
-    let (endpoint, completions, ports, lost) =
-        Endpoint::new().map_err(|errno| SpawnError::Thread(errno.into()))?;
-    let status = Status::default();
-    let (opened, answer) = std::sync::mpsc::channel();
-    let engine_status = status.clone();
-    let body = move || {
-        let device = match open() {
-            Ok(device) => device,
-            Err(error) => return drop(opened.send(Err(error))),
-        };
-        lower_priority(config.nice);
-        for caution in device.cautions() {
-            tracing::warn!("{caution}");
-        }
-        let bed = match Bed::new(device.rx_event()) {
-            Ok(bed) => bed,
-            Err(errno) => {
-                tracing::warn!(%errno, "cannot wait for the device's interrupts: sleeping in short steps");
-                Bed::default()
-            }
-        };
-        let engine = Engine::new(config, device, bed, ports, engine_status);
-        let _ = opened.send(Ok(engine.local()));
-        engine.run();
-    };
-    let thread = thread::Builder::new()
-        .name("genie-udp".into())
-        .spawn(body)
-        .map_err(SpawnError::Thread)?;
-    match answer.recv() {
-        Ok(Ok(local)) => Ok((
-            Running {
-                endpoint,
-                completions,
-                lost,
-                status,
-                thread,
-            },
-            local,
-        )),
-        Ok(Err(error)) => Err(SpawnError::Device(error)),
-        Err(_) => Err(SpawnError::Died),
-    }
-}
-
-fn lower_priority(nice: i32) {
-    // On Linux the "process" of setpriority is a thread.
-    if let Err(error) = rustix::process::setpriority_process(Some(rustix::thread::gettid()), nice) {
-        tracing::warn!(%error, nice, "cannot change the engine's priority");
-    }
-}
-
-struct Engine<D> {
+/// An engine without a thread: its caller's is the one that drives it.
+///
+/// Work is given with [`Polled::handle_command`], done in [`Polled::turn`] and
+/// answered by [`Polled::poll_completion`]; no ring is crossed and nobody is
+/// woken. The caller chooses the ids of operations, sessions and of transfers
+/// it receives, which [`Endpoint`](crate::endpoint::Endpoint) does for threads.
+///
+/// ```
+/// use genie_dataplane::SessionId;
+/// use genie_dataplane::device::pair::{Options, pair};
+/// use genie_dataplane::engine::udp::{Config, Polled, Remote};
+/// use genie_dataplane::engine::{Command, Completion, OperationId};
+///
+/// let (a, b) = pair(&Options::default());
+/// let mut a = Polled::new(Config::default(), a);
+/// let mut b = Polled::new(Config::default(), b);
+/// let open = |engine: &mut Polled<_>, own, local, remote| {
+///     let remote = Remote { local, session: SessionId(remote), secrets: None };
+///     engine.handle_command(engine.now(), Command::Open {
+///         operation: OperationId(1),
+///         session: SessionId(own),
+///         remote: genie_dataplane::engine::Remote::Udp(remote),
+///         integrity: genie_dataplane::Integrity::Digest,
+///     });
+/// };
+/// let (to_a, to_b) = (a.local(), b.local());
+/// open(&mut a, 7, to_b, 8);
+/// open(&mut b, 8, to_a, 7);
+/// let completion = loop {
+///     a.turn(a.now());
+///     b.turn(b.now());
+///     if let Some(completion) = a.poll_completion() {
+///         break completion;
+///     }
+/// };
+/// assert!(matches!(completion, Completion::Opened { result: Ok(_), .. }));
+/// ```
+pub struct Polled<D> {
     device: D,
-    bed: Bed,
-    commands: Receiver<Command>,
     core: Core,
 }
 
-/// All of an engine but its device and its commands.
+impl<D> std::fmt::Debug for Polled<D> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Polled").finish_non_exhaustive()
+    }
+}
+
+/// All of an engine but its device.
 struct Core {
     config: Config,
     link: Link,
@@ -187,11 +155,15 @@ struct Core {
     starved: bool,
     /// Where packets are opened: as long as the longest, or empty.
     private: Vec<u8>,
-    outbox: Outbox<Completion>,
+    /// What was done and is not taken yet. Bounded by the operations that the
+    /// caller has under way.
+    completions: VecDeque<Completion>,
     /// Frames that belong to no session or are not understood.
     dropped: u64,
     totals: Totals,
     status: Status,
+    /// How the thread spent its time, where the engine has one.
+    idle: Option<IdleSnapshot>,
     published: Time,
     started: Instant,
     stopping: bool,
@@ -218,8 +190,14 @@ const ANSWERS_MAX: usize = 64;
 /// Answers in one burst: a flood of questions must not stop the tensors.
 const ANSWERS_BURST: usize = 8;
 
-impl<D: Device> Engine<D> {
-    fn new(config: Config, device: D, bed: Bed, ports: EnginePorts, status: Status) -> Self {
+impl<D: Device> Polled<D> {
+    /// An engine over `device`; of `config` the scheduling priority is for
+    /// engines with a thread.
+    pub fn new(config: Config, device: D) -> Self {
+        Self::with_status(config, device, Status::default())
+    }
+
+    fn with_status(config: Config, device: D, status: Status) -> Self {
         let link = Link::new(device.capabilities().mac, config.addresses.clone());
         let core = Core {
             credit: Credit::new(credit(device.capabilities().rx_descriptors)),
@@ -233,23 +211,20 @@ impl<D: Device> Engine<D> {
             slots: None,
             starved: false,
             private: Vec::new(),
-            outbox: Outbox::new(ports.completions),
+            completions: VecDeque::new(),
             dropped: 0,
             totals: Totals::default(),
             status,
+            idle: None,
             published: Time::default(),
             started: Instant::now(),
             stopping: false,
         };
-        Self {
-            device,
-            bed,
-            commands: ports.commands,
-            core,
-        }
+        Self { device, core }
     }
 
-    fn local(&self) -> Local {
+    /// What peers must know to reach it.
+    pub fn local(&self) -> Local {
         let capabilities = self.device.capabilities();
         Local {
             driver: capabilities.driver.clone(),
@@ -260,75 +235,61 @@ impl<D: Device> Engine<D> {
         }
     }
 
-    fn run(mut self) {
-        let mut idle = Idle::new();
-        while !self.is_finished() {
-            let now = self.core.now();
-            let mut busy = self.take_commands(now);
-            busy |= self.receive(now);
-            self.handle_timeouts(now);
-            busy |= self.transmit(now);
-            self.settle(now);
-            self.publish(now, &idle);
-            let rest = idle.next(busy, now, self.next_deadline());
-            if let Rest::Sleep {
-                unreported,
-                reported,
-            } = rest
-                && self.sleep(unreported, reported)
-            {
-                idle.reset();
-            }
-        }
+    /// What it publishes about itself, some times a second.
+    pub fn status(&self) -> &Status {
+        &self.core.status
     }
 
-    /// Sleeps until there is a command or a frame, `reported` long where the
-    /// device tells of frames, `unreported` long where something has to be
-    /// looked for. Returns whether it found frames instead.
-    fn sleep(&mut self, unreported: Duration, reported: Duration) -> bool {
-        if !self.commands.prepare_sleep() {
-            return false;
-        }
-        let mut found = false;
-        if self.core.is_waiting_for_device() || !self.bed.has_frames() || !self.device.arm_rx(true)
-        {
-            self.bed.sleep(&self.commands, unreported);
-        } else {
-            // What came before the interrupts were on is not reported.
-            found = self.receive(self.core.now());
-            if !found {
-                self.bed.sleep(&self.commands, reported);
-            }
-            self.device.arm_rx(false);
-        }
-        self.commands.finish_sleep();
-        found
+    /// The engine's clock, to be read once for a [`Polled::turn`].
+    pub fn now(&self) -> Time {
+        self.core.now()
     }
 
-    fn is_finished(&self) -> bool {
-        self.core.stopping && self.core.sessions.is_empty() && self.core.outbox.is_empty()
-    }
-
-    fn take_commands(&mut self, now: Time) -> bool {
-        let mut any = false;
-        for _ in 0..BURST_MAX {
-            let Some(command) = self.commands.try_recv() else {
-                self.core.stopping |= self.commands.is_closed();
-                break;
-            };
-            any = true;
-            self.handle_command(now, command);
-        }
+    /// One pass over the device and every session: sends what is due, receives
+    /// a bounded number of frames, acts on timers. Returns whether it found
+    /// work; when not, [`Polled::next_deadline`] says how long nothing but a
+    /// frame or a command can change that.
+    pub fn turn(&mut self, now: Time) -> bool {
         if self.core.stopping {
-            self.core
-                .sessions
-                .values_mut()
-                .for_each(|session| session.close());
+            self.close_all();
         }
-        any
+        let mut busy = self.transmit(now);
+        busy |= self.receive(now);
+        busy |= self.handle_timeouts(now);
+        self.settle(now);
+        self.publish(now);
+        busy
     }
 
-    fn handle_command(&mut self, now: Time, command: Command) {
+    /// The next thing that was done, or could not be.
+    pub fn poll_completion(&mut self) -> Option<Completion> {
+        self.core.completions.pop_front()
+    }
+
+    /// When a timer wants the next [`Polled::turn`], if one runs.
+    pub fn next_deadline(&self) -> Option<Time> {
+        self.core
+            .sessions
+            .values()
+            .filter_map(Session::next_timeout)
+            .min()
+    }
+
+    /// Whether [`Command::Stop`] was obeyed: no session is left, every lease was
+    /// given back, every completion taken.
+    pub fn is_finished(&self) -> bool {
+        self.core.stopping && self.core.sessions.is_empty() && self.core.completions.is_empty()
+    }
+
+    fn close_all(&mut self) {
+        self.core
+            .sessions
+            .values_mut()
+            .for_each(|session| session.close());
+    }
+
+    /// Begins something; what comes of it is told by [`Polled::poll_completion`].
+    pub fn handle_command(&mut self, now: Time, command: Command) {
         let Self { device, core, .. } = self;
         match command {
             Command::Open {
@@ -352,13 +313,15 @@ impl<D: Device> Engine<D> {
                     Err(error) => {
                         let reason = format!("no memory for sealed packets: {error}");
                         let result = Err(OpenError::Refused(reason));
-                        core.outbox.push(Completion::Opened { operation, result });
+                        core.completions
+                            .push_back(Completion::Opened { operation, result });
                     }
                 }
             }
             Command::Open { operation, .. } => {
                 let result = Err(OpenError::NoCommonAddress);
-                core.outbox.push(Completion::Opened { operation, result });
+                core.completions
+                    .push_back(Completion::Opened { operation, result });
             }
             Command::Receive {
                 operation,
@@ -368,7 +331,7 @@ impl<D: Device> Engine<D> {
                 resume,
             } => match core.sessions.get_mut(&session) {
                 Some(session) => {
-                    session.receive(operation, transfer, into, resume, &mut core.outbox);
+                    session.receive(operation, transfer, into, resume, &mut core.completions);
                 }
                 None => core.refuse(operation, FailReason::Closed),
             },
@@ -380,7 +343,14 @@ impl<D: Device> Engine<D> {
                 resume,
             } => match core.sessions.get_mut(&session) {
                 Some(session) => {
-                    session.send(operation, transfer, from, resume, device, &mut core.outbox);
+                    session.send(
+                        operation,
+                        transfer,
+                        from,
+                        resume,
+                        device,
+                        &mut core.completions,
+                    );
                 }
                 None => core.refuse(operation, FailReason::Closed),
             },
@@ -417,20 +387,25 @@ impl<D: Device> Engine<D> {
         any
     }
 
-    fn handle_timeouts(&mut self, now: Time) {
+    /// Returns whether anything was due, so that there may be something to send.
+    fn handle_timeouts(&mut self, now: Time) -> bool {
         let Core {
             sessions,
             link,
             answers,
             ..
         } = &mut self.core;
+        let mut any = false;
         for session in sessions.values_mut() {
-            if let Some(question) = session.handle_timeout(now, link)
+            let (due, question) = session.handle_timeout(now, link);
+            any |= due;
+            if let Some(question) = question
                 && answers.len() < ANSWERS_MAX
             {
                 answers.push_back(question);
             }
         }
+        any
     }
 
     fn transmit(&mut self, now: Time) -> bool {
@@ -455,14 +430,14 @@ impl<D: Device> Engine<D> {
         let copying = session::Copying::of(device.capabilities());
         let mut detaching = false;
         for session in core.sessions.values_mut() {
-            session.take_events(now, copying, &mut core.totals, &mut core.outbox);
+            session.take_events(now, copying, &mut core.totals, &mut core.completions);
             detaching |= session.is_detaching();
         }
         if detaching {
             core.forget_frames_of_ended();
             device.reap();
             for session in core.sessions.values_mut() {
-                session.detach(device, &mut core.outbox);
+                session.detach(device, &mut core.completions);
             }
             if core.sessions.values().any(|session| session.is_stuck(now)) {
                 self.fail(now);
@@ -476,7 +451,6 @@ impl<D: Device> Engine<D> {
                 session.show_credit(now, visit);
             }
         });
-        core.outbox.flush();
     }
 
     /// Ends an engine whose device does not give memory back: the queue is
@@ -492,20 +466,12 @@ impl<D: Device> Engine<D> {
         let copying = session::Copying::of(device.capabilities());
         for session in core.sessions.values_mut() {
             session.close();
-            session.take_events(now, copying, &mut core.totals, &mut core.outbox);
-            session.detach(device, &mut core.outbox);
+            session.take_events(now, copying, &mut core.totals, &mut core.completions);
+            session.detach(device, &mut core.completions);
         }
     }
 
-    fn next_deadline(&self) -> Option<Time> {
-        self.core
-            .sessions
-            .values()
-            .filter_map(Session::next_timeout)
-            .min()
-    }
-
-    fn publish(&mut self, now: Time, idle: &Idle) {
+    fn publish(&mut self, now: Time) {
         let Self { device, core, .. } = self;
         if now.since(core.published) < super::status::PUBLISH_EVERY {
             return;
@@ -526,7 +492,7 @@ impl<D: Device> Engine<D> {
             snapshot.copies = device.copies();
             snapshot.copies.genie += core.totals.copied_bytes;
             snapshot.sealed = core.totals.sealed;
-            snapshot.idle = Some(idle.spent());
+            snapshot.idle = core.idle;
             let mut resent = core.totals.resent;
             let mut ring = ring(device.capabilities().rx_descriptors);
             snapshot.sessions.clear();
@@ -572,7 +538,6 @@ impl Core {
         self.sent < self.frames.len()
             || self.starved
             || !self.answers.is_empty()
-            || !self.outbox.is_empty()
             || self.sessions.values().any(Session::is_detaching)
     }
 
@@ -590,13 +555,17 @@ impl Core {
     ) {
         let Some((address, peer)) = self.link.choose(&remote.local.addresses) else {
             let result = Err(OpenError::NoCommonAddress);
-            return self.outbox.push(Completion::Opened { operation, result });
+            return self
+                .completions
+                .push_back(Completion::Opened { operation, result });
         };
         let address = SocketAddr::new(address, self.config.port);
         let peer = SocketAddr::new(peer, remote.local.port);
         if self.sessions.contains_key(&id) {
             let result = Err(OpenError::Refused("the session is open already".into()));
-            return self.outbox.push(Completion::Opened { operation, result });
+            return self
+                .completions
+                .push_back(Completion::Opened { operation, result });
         }
         let opening = session::Opening {
             operation,
@@ -618,7 +587,7 @@ impl Core {
     }
 
     fn refuse(&mut self, operation: OperationId, reason: FailReason) {
-        self.outbox.push(Completion::Transferred {
+        self.completions.push_back(Completion::Transferred {
             operation,
             result: Err(reason),
         });

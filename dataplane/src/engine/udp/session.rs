@@ -9,7 +9,7 @@
 //! ```
 //! A session that has ended stays until the device has given every lease back.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
@@ -24,7 +24,7 @@ use crate::device::{AttachError, Attachment, Capabilities, Device, Payload, TxFr
 use crate::engine::frame::{self, End, Flow, Head};
 use crate::engine::link::Link;
 use crate::engine::{
-    Completion, Cost, FailReason, Interrupted, OpenError, OperationId, Outbox, Partial, Receipt,
+    Completion, Cost, FailReason, Interrupted, OpenError, OperationId, Partial, Receipt,
     ResentSnapshot, SealedSnapshot, SessionSnapshot,
 };
 use crate::ledger::Copies;
@@ -293,7 +293,7 @@ impl Session {
         transfer: TransferId,
         into: Lease,
         resume: Option<Box<Partial<genie_proto::Incoming>>>,
-        outbox: &mut Outbox<Completion>,
+        completions: &mut VecDeque<Completion>,
     ) {
         let before = resume.as_ref().map(|partial| partial.cost);
         let begun = match resume {
@@ -314,7 +314,7 @@ impl Session {
             }
             Err(error) => {
                 drop(into);
-                refuse(operation, error.to_string(), outbox);
+                refuse(operation, error.to_string(), completions);
             }
         }
     }
@@ -326,13 +326,13 @@ impl Session {
         from: Lease,
         resume: Option<Box<Partial<genie_proto::Outgoing>>>,
         device: &mut dyn Device,
-        outbox: &mut Outbox<Completion>,
+        completions: &mut VecDeque<Completion>,
     ) {
         let attachment = match device.attach(from.clone()) {
             Ok(attachment) => attachment,
             Err(error @ (AttachError::Full | AttachError::Unreachable(_))) => {
                 drop(from);
-                return refuse(operation, error.to_string(), outbox);
+                return refuse(operation, error.to_string(), completions);
             }
         };
         let before = resume.as_ref().map(|partial| partial.cost);
@@ -445,10 +445,10 @@ impl Session {
         connection.handle_datagram(now, head, datagram.len(), place);
     }
 
-    /// Acts on what is due; returns a question for the link, if there is one.
-    #[must_use]
-    pub(super) fn handle_timeout(&mut self, now: Time, link: &mut Link) -> Option<Head> {
-        let mut question = None;
+    /// Acts on what is due; returns whether something was, and a question for
+    /// the link, if there is one.
+    pub(super) fn handle_timeout(&mut self, now: Time, link: &mut Link) -> (bool, Option<Head>) {
+        let (mut due, mut question) = (false, None);
         if let State::Resolving {
             opening,
             began,
@@ -463,6 +463,7 @@ impl Session {
                 };
                 self.flow = Flow::new(own, End { mac, address: peer });
                 self.connection.probe(now);
+                due = true;
                 self.state = State::Probing {
                     opening: *opening,
                     began: *began,
@@ -474,8 +475,9 @@ impl Session {
         }
         if self.connection.poll_timeout().is_some_and(|at| at <= now) {
             self.connection.handle_timeout(now);
+            due = true;
         }
-        question
+        (due || question.is_some(), question)
     }
 
     /// The next frame to send; `slots` has a free one where packets are sealed.
@@ -548,7 +550,7 @@ impl Session {
         now: Time,
         copying: Copying,
         totals: &mut Totals,
-        outbox: &mut Outbox<Completion>,
+        completions: &mut VecDeque<Completion>,
     ) {
         let copying = Copying {
             sealed: self.is_sealed(),
@@ -562,7 +564,7 @@ impl Session {
                     len,
                 } => {
                     totals.received_bytes += len;
-                    self.received(transfer, outbox, |incoming| {
+                    self.received(transfer, completions, |incoming| {
                         let cost = incoming.cost(copying);
                         Ok(Receipt {
                             bytes: len,
@@ -603,24 +605,24 @@ impl Session {
                     reason,
                 } => match self.partial_incoming(transfer, copying) {
                     Some(partial) => {
-                        self.interrupted(transfer, partial, fail_reason(reason), outbox);
+                        self.interrupted(transfer, partial, fail_reason(reason), completions);
                     }
-                    None => self.received(transfer, outbox, |_| Err(fail_reason(reason))),
+                    None => self.received(transfer, completions, |_| Err(fail_reason(reason))),
                 },
-                Event::PathValidated { rtt } => self.opened(rtt, outbox),
+                Event::PathValidated { rtt } => self.opened(rtt, completions),
                 Event::PathLost { reason } => {
-                    self.end(now, FailReason::PathLost(reason.to_string()), outbox);
+                    self.end(now, FailReason::PathLost(reason.to_string()), completions);
                 }
-                Event::Closed { reason } => self.end(now, close_reason(reason), outbox),
+                Event::Closed { reason } => self.end(now, close_reason(reason), completions),
             }
         }
-        self.check_opening(now, outbox);
+        self.check_opening(now, completions);
     }
 
     fn received(
         &mut self,
         transfer: TransferId,
-        outbox: &mut Outbox<Completion>,
+        completions: &mut VecDeque<Completion>,
         result: impl FnOnce(&Incoming) -> Result<Receipt, FailReason>,
     ) {
         if let Some(incoming) = self.incoming.remove(&transfer) {
@@ -628,7 +630,7 @@ impl Session {
             let operation = incoming.operation;
             // The lease goes before anybody is told that it has gone.
             drop(incoming);
-            outbox.push(Completion::Transferred { operation, result });
+            completions.push_back(Completion::Transferred { operation, result });
         }
     }
 
@@ -661,12 +663,12 @@ impl Session {
         transfer: TransferId,
         partial: Box<Interrupted>,
         reason: FailReason,
-        outbox: &mut Outbox<Completion>,
+        completions: &mut VecDeque<Completion>,
     ) {
         if let Some(incoming) = self.incoming.remove(&transfer) {
             let operation = incoming.operation;
             drop(incoming);
-            outbox.push(Completion::Interrupted {
+            completions.push_back(Completion::Interrupted {
                 operation,
                 reason,
                 partial,
@@ -696,11 +698,11 @@ impl Session {
         }
     }
 
-    fn opened(&mut self, round_trip: Duration, outbox: &mut Outbox<Completion>) {
+    fn opened(&mut self, round_trip: Duration, completions: &mut VecDeque<Completion>) {
         if let State::Probing { opening, .. } = self.state {
             self.state = State::Open;
             let operation = opening.operation;
-            outbox.push(Completion::Opened {
+            completions.push_back(Completion::Opened {
                 operation,
                 result: Ok(round_trip),
             });
@@ -708,7 +710,7 @@ impl Session {
     }
 
     /// Gives up opening when its limit is over.
-    fn check_opening(&mut self, now: Time, outbox: &mut Outbox<Completion>) {
+    fn check_opening(&mut self, now: Time, completions: &mut VecDeque<Completion>) {
         let (opening, error) = match &self.state {
             State::Resolving { opening, began, .. } if *began + opening.limit <= now => {
                 (*opening, OpenError::NoNeighbour(opening.peer.ip()))
@@ -719,7 +721,7 @@ impl Session {
             _ => return,
         };
         let operation = opening.operation;
-        outbox.push(Completion::Opened {
+        completions.push_back(Completion::Opened {
             operation,
             result: Err(error),
         });
@@ -727,12 +729,12 @@ impl Session {
         let told = self.flow.is_none();
         self.state = State::Ended { since: now, told };
         self.connection.close(CLOSED_BY_USER);
-        self.fail_transfers(FailReason::Closed, outbox);
+        self.fail_transfers(FailReason::Closed, completions);
     }
 
     /// Ends the session: everything under way fails with `reason`.
-    fn end(&mut self, now: Time, reason: FailReason, outbox: &mut Outbox<Completion>) {
-        self.fail_transfers(reason.clone(), outbox);
+    fn end(&mut self, now: Time, reason: FailReason, completions: &mut VecDeque<Completion>) {
+        self.fail_transfers(reason.clone(), completions);
         let ended = State::Ended {
             since: now,
             told: self.flow.is_none(),
@@ -743,14 +745,14 @@ impl Session {
                     FailReason::PathLost(_) => OpenError::NoAnswer(opening.peer),
                     other => OpenError::Refused(other.to_string()),
                 });
-                outbox.push(Completion::Opened {
+                completions.push_back(Completion::Opened {
                     operation: opening.operation,
                     result,
                 });
             }
             // Who closed it knows; anything else is news.
             State::Open if reason != FailReason::Closed => {
-                outbox.push(Completion::Lost {
+                completions.push_back(Completion::Lost {
                     session: self.id,
                     reason,
                 });
@@ -760,7 +762,7 @@ impl Session {
         }
     }
 
-    fn fail_transfers(&mut self, reason: FailReason, outbox: &mut Outbox<Completion>) {
+    fn fail_transfers(&mut self, reason: FailReason, completions: &mut VecDeque<Completion>) {
         for (
             _,
             Incoming {
@@ -769,7 +771,7 @@ impl Session {
         ) in self.incoming.drain()
         {
             drop(into);
-            outbox.push(Completion::Transferred {
+            completions.push_back(Completion::Transferred {
                 operation,
                 result: Err(reason.clone()),
             });
@@ -797,7 +799,11 @@ impl Session {
     }
 
     /// Completes the transfers whose memory no frame refers to any more.
-    pub(super) fn detach(&mut self, device: &mut dyn Device, outbox: &mut Outbox<Completion>) {
+    pub(super) fn detach(
+        &mut self,
+        device: &mut dyn Device,
+        completions: &mut VecDeque<Completion>,
+    ) {
         // The frames of a closed session are reaped like any other's, so this
         // ends unless the device is stuck; then the lease rightly stays.
         self.detaching.retain_mut(
@@ -811,7 +817,7 @@ impl Session {
                 if gone {
                     let operation = *operation;
                     let result = std::mem::replace(result, Err(FailReason::Closed));
-                    outbox.push(match (result, partial.take()) {
+                    completions.push_back(match (result, partial.take()) {
                         (Err(reason), Some(partial)) => Completion::Interrupted {
                             operation,
                             reason,
@@ -901,9 +907,9 @@ impl Session {
     }
 }
 
-fn refuse(operation: OperationId, reason: String, outbox: &mut Outbox<Completion>) {
+fn refuse(operation: OperationId, reason: String, completions: &mut VecDeque<Completion>) {
     let result = Err(FailReason::Refused(reason));
-    outbox.push(Completion::Transferred { operation, result });
+    completions.push_back(Completion::Transferred { operation, result });
 }
 
 fn fail_reason(reason: connection::FailReason) -> FailReason {
