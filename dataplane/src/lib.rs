@@ -22,4 +22,5 @@ pub mod stage;
 pub mod tcp;
 
 pub use genie_proto::seal::{Secret, Secrets};
-pub use genie_proto::{Digest, Integrity, SessionId, TransferId};
+pub use genie_proto::wire::{METADATA_MAX, Metadata};
+pub use genie_proto::{Digest, Integrity, OfferError, SessionId, TransferId};

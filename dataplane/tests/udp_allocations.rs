@@ -1,4 +1,5 @@
-//! The engine's thread allocates for a transfer, and nothing for its packets.
+//! The engine's thread allocates for a transfer, and nothing for its packets;
+//! for tensors that travel in one packet it allocates nothing at all.
 //!
 //! A program of its own, as the allocator counts for all of it.
 
@@ -6,14 +7,14 @@ use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 use std::convert::Infallible;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use genie_dataplane::device::pair::{Options, PairDevice, pair};
 use genie_dataplane::endpoint::{Endpoint, Running};
-use genie_dataplane::engine::Remote;
-use genie_dataplane::engine::udp::{self, Config, Local};
+use genie_dataplane::engine::udp::{self, Config, Local, Offers, Polled};
+use genie_dataplane::engine::{Command, Completion, OperationId, Remote};
 use genie_dataplane::memory::{Backing, Lease, Region, View};
-use genie_dataplane::{Secret, Secrets, SessionId};
+use genie_dataplane::{Integrity, Metadata, Secret, Secrets, SessionId};
 
 /// Counts what threads that said so allocate.
 struct Counting;
@@ -116,6 +117,8 @@ fn transfer(a: &Node, b: &Node, from: &Lease, into: &Lease) -> u64 {
 #[test]
 fn packets_cost_no_allocation() {
     measure(None);
+    measure_offers(64);
+    measure_offers(4096);
     // One secret for both directions is good enough to count allocations.
     let secret = || Secret([1; 32]);
     measure(Some(Secrets {
@@ -158,4 +161,73 @@ fn measure(secrets: Option<Secrets>) {
         engine.join().unwrap();
         dispatcher.join().unwrap();
     }
+}
+
+/// Sends tensors of `len` bytes in one packet each, on this thread.
+fn measure_offers(len: usize) {
+    const COUNT: u64 = 20_000;
+    let config = Config {
+        liveness: Duration::from_secs(60),
+        offers: Offers {
+            slots: 64,
+            len_max: 4096,
+        },
+        ..Config::default()
+    };
+    let (a, b) = pair(&Options::default());
+    let mut ends = [a, b].map(|device| Polled::new(config.clone(), device));
+    for end in [0, 1] {
+        let remote = udp::Remote {
+            local: ends[1 - end].local(),
+            session: SessionId(2 - end as u32),
+            secrets: None,
+        };
+        let open = Command::Open {
+            operation: OperationId(0),
+            session: SessionId(1 + end as u32),
+            remote: Remote::Udp(remote),
+            integrity: Integrity::Digest,
+        };
+        let now = ends[end].now();
+        ends[end].handle_command(now, open);
+    }
+    let from = Lease::whole(Region::with_backing(4096, Backing::Shmem).unwrap());
+    let from = from.slice(0..len as u64).unwrap();
+    let (mut began, mut ended, mut came) = (0, 0, 0);
+    let limit = Instant::now() + Duration::from_secs(60);
+    let mut before = 0;
+    COUNTED.set(true);
+    while ended < COUNT || came < COUNT {
+        // The first quarter is what rings and tables grow with.
+        if ended <= COUNT / 4 {
+            before = ALLOCATIONS.load(Ordering::Relaxed);
+        }
+        while began < COUNT {
+            let (session, operation) = (SessionId(1), OperationId(began));
+            let offered = ends[0].offer(session, operation, Metadata::new(), from.clone());
+            if offered.is_err() {
+                break;
+            }
+            began += 1;
+        }
+        for end in &mut ends {
+            end.turn(end.now());
+        }
+        while let Some(completion) = ends[0].poll_completion() {
+            if let Completion::Transferred { result, .. } = completion {
+                assert_eq!(result.unwrap().bytes, len as u64);
+                ended += 1;
+            }
+        }
+        while ends[1].poll_completion().is_some() {}
+        while let Some(offer) = ends[1].poll_offer() {
+            ends[1].release(offer);
+            came += 1;
+        }
+        assert!(Instant::now() < limit, "{ended} ended and {came} came");
+    }
+    let allocations = ALLOCATIONS.load(Ordering::Relaxed) - before;
+    COUNTED.set(false);
+    println!("{allocations} allocations for {} tensors", COUNT * 3 / 4);
+    assert!(allocations <= 16, "{allocations} for {COUNT} tensors");
 }

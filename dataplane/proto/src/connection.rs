@@ -5,8 +5,8 @@
 //! event; a destination is written only inside its grant, only where nothing
 //! verified is yet; nothing waits for ever on a peer that is silent.
 //!
-//! Everything but DATA's bytes is small and reliable: DATA, DONE, DONE_ACK,
-//! PROBE, PROBE_ACK and the RESET of a transfer ask for an acknowledgement, and
+//! Everything but DATA's bytes is small and reliable: DATA, OFFER, GRANT, DONE,
+//! DONE_ACK, PROBE, PROBE_ACK and the RESET of a transfer ask for an acknowledgement, and
 //! what a lost packet carried is sent again under a new number. So there is one
 //! timer for all of it, and no message needs one of its own.
 
@@ -18,11 +18,13 @@ use crate::congestion::Controller;
 use crate::id::{Segment, SessionId, TransferId};
 use crate::time::Time;
 use crate::transfer::{Incoming, LEN_MAX, Outgoing};
-use crate::wire::{CONTROL_MAX, DoneAck, HEADER_LEN, Scope};
+use crate::wire::{CONTROL_MAX, DoneAck, HEADER_LEN, Metadata, OFFER_LEN, Scope};
 
 mod config;
 mod event;
 mod inbound;
+mod offered;
+mod offering;
 mod outbound;
 mod received;
 mod receiving;
@@ -34,9 +36,12 @@ mod timeout;
 
 pub use config::Config;
 pub use event::{CloseReason, Event, FailReason, PathLostReason, Violation};
+pub use offering::OfferError;
 pub use stats::{DropCause, Retransmits, Stats};
 
 use event::code;
+use offered::Offered;
+use offering::Offering;
 use received::Received;
 use receiving::Receiving;
 use rtt::Rtt;
@@ -57,6 +62,9 @@ pub struct Connection {
     state: State,
     receiving: Receiving,
     sending: Sending,
+    /// Small tensors in one packet each, to the peer and from it.
+    offering: Offering,
+    offered: Offered,
     received: Received,
     sent: SentPackets,
     rtt: Rtt,
@@ -113,6 +121,7 @@ enum Control {
     Reset(TransferId, Scope, u16),
     Probe,
     ProbeAck(u64),
+    Grant,
 }
 
 /// A datagram to send: the bytes of `head`, then those of `payload`.
@@ -164,6 +173,8 @@ impl Connection {
             state: State::Open,
             receiving: Receiving::default(),
             sending: Sending::default(),
+            offering: Offering::default(),
+            offered: Offered::new(config.offers, config.offer_len_max),
             received: Received::new(config.ack_every, config.ack_delay_max),
             sent: SentPackets::default(),
             rtt: Rtt::new(&config),
@@ -223,6 +234,33 @@ impl Connection {
         let replaced = self.sending.begin(id, outgoing, self.config.slots_max)?;
         self.events.extend(replaced);
         Ok(())
+    }
+
+    /// Sends a tensor of `len` bytes in one packet, into a slot that the peer
+    /// granted beforehand. It ends as [`Event::Sent`] once it is applied and
+    /// verified there, under the id returned.
+    pub fn offer(&mut self, len: u64, metadata: Metadata) -> Result<TransferId, OfferError> {
+        self.check_offer(len, metadata.len())?;
+        Ok(self.offering.begin(len as u32, metadata))
+    }
+
+    /// Whether [`Connection::offer`] would be taken now, with so many bytes of
+    /// metadata.
+    pub fn check_offer(&self, len: u64, metadata_len: usize) -> Result<(), OfferError> {
+        if self.state != State::Open {
+            return Err(OfferError::Closed);
+        }
+        let datagram = u64::from(self.config.datagram_max.max(Config::DATAGRAM_MIN));
+        let before = (HEADER_LEN + OFFER_LEN + metadata_len) as u64;
+        self.offering.check(len, datagram.saturating_sub(before))
+    }
+
+    /// Gives the slot of an [`Event::Offered`] back, for the peer to use; false
+    /// if nothing is in it.
+    pub fn release(&mut self, slot: u32) -> bool {
+        let released = self.offered.release(slot);
+        self.tell_offers();
+        released
     }
 
     /// What had moved of an incoming transfer that failed because the whole
@@ -310,7 +348,7 @@ impl Connection {
             rtt_min: self.rtt.min(),
             window_bytes: self.controller.window_bytes(),
             in_flight_bytes: self.sent.in_flight_bytes(),
-            transfers: self.receiving.active() + self.sending.active(),
+            transfers: self.receiving.active() + self.sending.active() + self.offering.active(),
             ..self.stats.clone()
         }
     }
@@ -328,6 +366,7 @@ impl Connection {
         self.state == State::Open
             && (self.receiving.active() > 0
                 || self.sending.active() > 0
+                || self.offering.has_next()
                 || self.sent.in_flight() > 0
                 || self.probe_wanted
                 || self.probe_due
@@ -341,6 +380,13 @@ impl Connection {
 
     /// Fails a transfer that is under way, telling the peer with code `tell`.
     fn abandon(&mut self, id: TransferId, outgoing: bool, reason: FailReason, tell: Option<u16>) {
+        if let Some(number) = id.offer_number() {
+            // The peer learns of it by its number; it cannot end one of ours.
+            if outgoing && tell.is_some() {
+                self.events.extend(self.offering.abandon(number, reason));
+            }
+            return;
+        }
         let (event, scope) = if outgoing {
             (self.sending.abandon(id, reason), Scope::FromMe)
         } else {
@@ -360,6 +406,7 @@ impl Connection {
         }
         self.state = State::Quiet;
         self.events.extend(self.sending.fail_all(reason));
+        self.events.extend(self.offering.fail_all(reason));
         self.events.extend(self.receiving.fail_all(reason));
         self.events.push_back(last);
         self.controls.clear();

@@ -9,10 +9,10 @@ use std::collections::{HashMap, HashSet, VecDeque};
 use std::time::Duration;
 
 use crate::transfer::GRANULE;
-use crate::wire::{self, Body, HEADER_LEN, Header, Kind};
+use crate::wire::{self, Body, HEADER_LEN, Header, Kind, Metadata, Offer};
 use crate::{Config, Connection, Event, Segment, SessionId, Time, TransferId};
 
-const KINDS: [Kind; 7] = [
+const KINDS: [Kind; 9] = [
     Kind::Data,
     Kind::Ack,
     Kind::Done,
@@ -20,10 +20,15 @@ const KINDS: [Kind; 7] = [
     Kind::Probe,
     Kind::ProbeAck,
     Kind::Reset,
+    Kind::Offer,
+    Kind::Grant,
 ];
 /// Small, so that a script of bytes reaches its corners.
 const LEN_MAX: u64 = 4096;
 const SLOTS: u32 = 4;
+/// Slots for offers, and what each holds.
+const OFFERS: u16 = 4;
+const OFFER_LEN_MAX: u32 = 200;
 /// Datagrams on the way between the two ends.
 const FLYING_MAX: usize = 64;
 /// What an end can have to say at one instant: its window, its replies, an ACK.
@@ -39,6 +44,9 @@ pub fn parse(bytes: &[u8]) {
             Ok((header, payload_crc))
         );
     }
+    if let Ok(offer) = Offer::parse(bytes) {
+        assert_eq!(Offer::parse(&offer.encode()), Ok(offer));
+    }
     for kind in KINDS {
         if let Ok(body) = Body::parse(kind, bytes) {
             assert_eq!(body.kind(), kind);
@@ -51,9 +59,9 @@ pub fn parse(bytes: &[u8]) {
 /// moves the clock, and delivers, drops, repeats and forges datagrams, with
 /// checks that match where it says so.
 ///
-/// Asserts that nothing is placed outside a grant or over verified bytes, that
-/// no transfer ends twice, and that what an end has to say stays bounded.
-/// Returns how many transfers were received.
+/// Asserts that nothing is placed outside a grant, over verified bytes or into a
+/// slot that is taken, that no transfer ends twice and no offer comes twice, and that what an end has to say stays bounded.
+/// Returns how many transfers and offers were received.
 pub fn converse(script: &[u8]) -> usize {
     let mut talk = Talk {
         script: script.iter().copied().collect(),
@@ -78,6 +86,9 @@ struct End {
     connection: Connection,
     grants: HashMap<TransferId, Grant>,
     sends: HashSet<TransferId>,
+    /// Slots with an offer in them, and the offers that ever came.
+    held: HashSet<u32>,
+    offered: HashSet<TransferId>,
     received: usize,
 }
 
@@ -90,6 +101,7 @@ impl Talk {
     fn act(&mut self, op: u8) {
         let who = usize::from(op >> 7);
         match op & 0x0f {
+            1 if op & 0x70 == 0x70 => self.offer(who),
             0 | 1 => self.begin(who),
             2..=4 => self.transmit(who),
             5..=7 => self.deliver(false, false),
@@ -111,11 +123,14 @@ impl Talk {
                 self.ends[who].connection.cancel(id, outgoing);
                 self.ends[who].collect();
             }
-            _ if self.byte() == 0 => {
-                self.ends[who].connection.close(1);
-                self.ends[who].collect();
-            }
-            _ => self.ends[who].connection.probe(self.now),
+            _ => match self.byte() {
+                0 => {
+                    self.ends[who].connection.close(1);
+                    self.ends[who].collect();
+                }
+                slot @ 0xf0.. => self.ends[who].release(u32::from(slot & 0x7)),
+                _ => self.ends[who].connection.probe(self.now),
+            },
         }
         self.flying.truncate(FLYING_MAX);
     }
@@ -152,6 +167,14 @@ impl Talk {
         self.ends[from].collect();
     }
 
+    fn offer(&mut self, from: usize) {
+        let (len, metadata_len) = (u64::from(self.byte()), self.byte() % 8);
+        let metadata: Metadata = (0..metadata_len).collect();
+        if let Ok(id) = self.ends[from].connection.offer(len, metadata) {
+            assert!(self.ends[from].sends.insert(id), "an offer has an id");
+        }
+    }
+
     fn transmit(&mut self, who: usize) {
         let mut count = 0;
         let crc = |segment: Segment| wire::crc(&vec![0; segment.len as usize]);
@@ -182,7 +205,10 @@ impl Talk {
     /// A packet of the script's own making, with checks that match.
     fn forge(&mut self, to: usize) {
         let kind = KINDS[usize::from(self.byte()) % KINDS.len()];
-        let transfer = self.id();
+        let mut transfer = self.id();
+        if kind == Kind::Offer {
+            transfer = TransferId::of_offer(transfer.slot.into());
+        }
         let len = usize::from(self.byte());
         let header = Header {
             kind,
@@ -196,7 +222,8 @@ impl Talk {
             offset: self.number(2),
         };
         let payload: Vec<u8> = (0..len).map(|_| self.byte()).collect();
-        let mut datagram = header.encode(wire::crc(&payload)).to_vec();
+        let checked = checked_len(kind as u8, &payload);
+        let mut datagram = header.encode(wire::crc(&payload[..checked])).to_vec();
         datagram.extend_from_slice(&payload);
         self.ends[to].handle(self.now, &datagram);
     }
@@ -209,6 +236,8 @@ impl End {
             remote_credit: 16,
             receive_credit: 16,
             slots_max: SLOTS,
+            offers: OFFERS,
+            offer_len_max: OFFER_LEN_MAX,
             ..Config::default()
         };
         let (local, remote) = (SessionId(which), SessionId(1 - which));
@@ -216,6 +245,8 @@ impl End {
             connection: Connection::new(config, local, remote, Time(0)),
             grants: HashMap::new(),
             sends: HashSet::new(),
+            held: HashSet::new(),
+            offered: HashSet::new(),
             received: 0,
         }
     }
@@ -223,10 +254,18 @@ impl End {
     fn handle(&mut self, now: Time, datagram: &[u8]) {
         let before = self.connection.stats().bytes_received;
         let mut placed = None;
-        let grants = &self.grants;
+        let (grants, held) = (&self.grants, &self.held);
+        let stride = u64::from(OFFER_LEN_MAX).next_multiple_of(GRANULE);
         self.connection
             .handle_datagram(now, datagram, datagram.len(), |segment| {
                 let segment: Segment = segment.expect("the whole datagram is given");
+                if segment.transfer.offer_number().is_some() {
+                    assert!(segment.len <= OFFER_LEN_MAX, "inside the slot");
+                    let slot = (segment.offset / stride) as u32;
+                    assert!(segment.offset.is_multiple_of(stride) && slot < OFFERS.into());
+                    assert!(!held.contains(&slot), "nothing is in the slot");
+                    return wire::crc(&datagram[datagram.len() - segment.len as usize..]);
+                }
                 let grant = grants
                     .get(&segment.transfer)
                     .expect("placed only under a grant");
@@ -247,9 +286,15 @@ impl End {
         self.collect();
     }
 
+    fn release(&mut self, slot: u32) {
+        let held = self.held.remove(&slot);
+        assert_eq!(self.connection.release(slot), held);
+    }
+
     fn collect(&mut self) {
         while let Some(event) = self.connection.poll_event() {
-            self.received += usize::from(matches!(event, Event::Received { .. }));
+            let received = matches!(event, Event::Received { .. } | Event::Offered { .. });
+            self.received += usize::from(received);
             let known = match event {
                 Event::Received { transfer, .. }
                 | Event::Failed {
@@ -263,6 +308,10 @@ impl End {
                     outgoing: true,
                     ..
                 } => self.sends.remove(&transfer),
+                Event::Offered { transfer, slot, .. } => {
+                    assert!(self.held.insert(slot), "the slot was free");
+                    self.offered.insert(transfer)
+                }
                 _ => true,
             };
             assert!(known, "{event:?} for a transfer that is not under way");
@@ -274,11 +323,21 @@ fn granules(segment: Segment) -> impl Iterator<Item = u64> {
     segment.offset / GRANULE..(segment.offset + u64::from(segment.len)).div_ceil(GRANULE)
 }
 
+/// How much of a payload its check covers.
+fn checked_len(kind: u8, payload: &[u8]) -> usize {
+    let offer = (kind == Kind::Offer as u8).then(|| Offer::parse(payload).ok());
+    offer
+        .flatten()
+        .map_or(payload.len(), |offer| offer.len_bytes())
+}
+
 /// Makes both checks of a changed datagram match again.
 fn seal(mut head: [u8; HEADER_LEN], datagram: &mut [u8]) {
     let check = wire::crc(&head[..34]) as u16;
     head[34..36].copy_from_slice(&check.to_be_bytes());
-    let check = wire::crc(&datagram[HEADER_LEN..]) ^ wire::header_crc(&head);
+    let payload = &datagram[HEADER_LEN..];
+    let checked = checked_len(head[0] & 0xf, payload);
+    let check = wire::crc(&payload[..checked]) ^ wire::header_crc(&head);
     head[36..].copy_from_slice(&check.to_be_bytes());
     datagram[..HEADER_LEN].copy_from_slice(&head);
 }

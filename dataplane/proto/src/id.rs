@@ -19,6 +19,25 @@ pub struct TransferId {
     pub generation: u32,
 }
 
+/// Set in the slots of offers, whose ids are no peer's choice.
+const OFFER: u32 = 1 << 31;
+
+impl TransferId {
+    /// The id of the offer with this number, of those that one end sends.
+    pub fn of_offer(number: u64) -> Self {
+        Self {
+            slot: number as u32 | OFFER,
+            generation: (number >> 31) as u32,
+        }
+    }
+
+    /// The number of an offer; none for a transfer that was granted under an id.
+    pub fn offer_number(self) -> Option<u64> {
+        let low = u64::from(self.slot & !OFFER);
+        (self.slot & OFFER != 0).then_some(u64::from(self.generation) << 31 | low)
+    }
+}
+
 /// A contiguous piece of a transfer, as one packet carries it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Segment {

@@ -32,8 +32,8 @@ pub mod transfer;
 pub mod wire;
 
 pub use connection::{
-    CloseReason, Config, Connection, DropCause, Event, FailReason, PathLostReason, Retransmits,
-    Stats, TransferError, Transmit,
+    CloseReason, Config, Connection, DropCause, Event, FailReason, OfferError, PathLostReason,
+    Retransmits, Stats, TransferError, Transmit,
 };
 pub use credit::Credit;
 pub use digest::{Digest, DigestBuilder, Integrity};

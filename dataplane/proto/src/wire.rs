@@ -6,12 +6,14 @@
 
 mod body;
 mod header;
+mod offer;
 
-pub use body::{Ack, AckRange, Body, Done, DoneAck, Probe, ProbeAck, Reset, Scope};
+pub use body::{Ack, AckRange, Body, Done, DoneAck, Grant, Probe, ProbeAck, Reset, Scope};
 pub use header::{
-    FLAG_FIN, HEADER_LEN, Header, Kind, PLAIN_LEN, ParseError, VERSION, header_crc, peek_number,
-    peek_session,
+    FLAG_FIN, HEADER_LEN, Header, Kind, PLAIN_LEN, ParseError, VERSION, header_crc, peek_kind,
+    peek_number, peek_session,
 };
+pub use offer::{FLAG_VOID, METADATA_MAX, Metadata, OFFER_LEN, Offer};
 
 /// The largest payload of a control packet: any link carries it beside the headers.
 pub const CONTROL_MAX: usize = 472;

@@ -4,8 +4,10 @@ use std::collections::HashMap;
 use std::fs;
 use std::path::Path;
 
-use genie_proto::wire::{Body, HEADER_LEN, Header, Kind, Probe, crc};
-use genie_proto::{Config, Connection, Digest, DropCause, SessionId, Time, TransferId, fuzzing};
+use genie_proto::wire::{Body, HEADER_LEN, Header, Kind, Metadata, Offer, Probe, crc};
+use genie_proto::{
+    CloseReason, Config, Connection, Digest, DropCause, Event, SessionId, Time, TransferId, fuzzing,
+};
 use proptest::prelude::*;
 
 proptest! {
@@ -110,6 +112,7 @@ fn the_corpus_of_converse_passes() {
         ("silent", 0),
         ("forged-ack", 0),
         ("forged-done", 0),
+        ("offer", 2),
         ("close", 0),
     ] {
         assert_eq!(received.get(name), Some(&count), "{name}");
@@ -181,12 +184,11 @@ fn versions_and_types_not_spoken_here_are_told_apart() {
         assert_eq!(connection.stats().drops(cause), 1, "{cause:?}");
     };
     let mut bad = good.clone();
-    bad[0] = 0x25;
+    bad[0] = 0x15;
     handle(&bad, DropCause::Version);
-    bad[0] = 0x16;
+    bad[0] = 0x26;
     handle(&bad, DropCause::HeaderCheck);
-    // OFFER is reserved.
-    bad[0] = 0x18;
+    bad[0] = 0x2a;
     let check = crc(&bad[..34]) as u16;
     bad[34..36].copy_from_slice(&check.to_be_bytes());
     handle(&bad, DropCause::Kind);
@@ -199,4 +201,139 @@ fn versions_and_types_not_spoken_here_are_told_apart() {
         Header::parse(&good, good.len()).unwrap().0.kind,
         Kind::Probe
     );
+}
+
+/// An OFFER as a peer that keeps no rule may send it.
+fn offer(number: u64, transfer: TransferId, tensor: &[u8], offer: &Offer) -> Vec<u8> {
+    let prefix = offer.encode();
+    let header = Header {
+        kind: Kind::Offer,
+        flags: 0,
+        payload_len: (prefix.len() + tensor.len()) as u16,
+        session: SessionId(1),
+        transfer,
+        timestamp: 0,
+        path: 0,
+        packet_number: number,
+        offset: 1000,
+    };
+    let mut packet = header.encode(crc(&prefix)).to_vec();
+    packet.extend_from_slice(&prefix);
+    packet.extend_from_slice(tensor);
+    packet
+}
+
+#[test]
+fn offers_that_were_not_granted_or_are_not_what_they_say_are_dropped() {
+    let config = |offers| Config {
+        offers,
+        offer_len_max: 100,
+        ..Config::default()
+    };
+    let says = |tensor: &[u8]| Offer {
+        digest: Digest(crc(tensor)),
+        granted: 0,
+        acked: 0,
+        metadata: Metadata::new(),
+    };
+    let number = TransferId::of_offer;
+    let tensor = [7; 100];
+    let mut none = Connection::new(config(0), SessionId(1), SessionId(2), Time(0));
+    let datagram = offer(1, number(0), &tensor, &says(&tensor));
+    none.handle_datagram(Time(1), &datagram, datagram.len(), |_| unreachable!());
+    assert_eq!(none.stats().drops(DropCause::NotGranted), 1);
+
+    let mut two = Connection::new(config(2), SessionId(1), SessionId(2), Time(0));
+    let mut handle = |at: u64, datagram: &[u8], cause: Option<DropCause>| {
+        let before = two.stats();
+        two.handle_datagram(Time(at), datagram, datagram.len(), |segment| {
+            let segment = segment.expect("the whole datagram is given");
+            assert!(segment.offset == 0 || segment.offset == 128);
+            crc(&datagram[datagram.len() - segment.len as usize..])
+        });
+        let after = two.stats();
+        match cause {
+            Some(cause) => assert_eq!(after.drops(cause), before.drops(cause) + 1, "{cause:?}"),
+            None => assert_eq!(after.dropped(), before.dropped()),
+        }
+        assert_eq!(
+            after.dropped() - before.dropped(),
+            u64::from(cause.is_some())
+        );
+        (
+            after.offers_received - before.offers_received,
+            two.poll_event(),
+        )
+    };
+    let good = says(&tensor);
+    let beyond = [
+        (number(2), DropCause::NotGranted),
+        (number(u64::MAX >> 1), DropCause::NotGranted),
+        // The id of a transfer, granted or not, is no offer's.
+        (
+            TransferId {
+                slot: 0,
+                generation: 1,
+            },
+            DropCause::NotGranted,
+        ),
+    ];
+    for (at, (id, cause)) in (10..).zip(beyond) {
+        assert_eq!(
+            handle(at, &offer(at, id, &tensor, &good), Some(cause)),
+            (0, None)
+        );
+    }
+    let long = [7; 101];
+    let datagram = offer(20, number(0), &long, &says(&long));
+    assert_eq!(
+        handle(20, &datagram, Some(DropCause::OutOfBounds)),
+        (0, None)
+    );
+    let datagram = offer(21, number(0), &tensor, &says(&[8; 100]));
+    assert_eq!(
+        handle(21, &datagram, Some(DropCause::PayloadCheck)),
+        (0, None)
+    );
+    let mut datagram = offer(22, number(0), &tensor, &good);
+    datagram[HEADER_LEN + 5] ^= 1;
+    assert_eq!(
+        handle(22, &datagram, Some(DropCause::PayloadCheck)),
+        (0, None)
+    );
+    // Metadata that would reach beyond the packet.
+    let mut datagram = offer(23, number(0), &[], &says(&[]));
+    datagram[HEADER_LEN + 11] = 9;
+    assert_eq!(handle(23, &datagram, Some(DropCause::Body)), (0, None));
+    // The good one comes once, however often it is sent.
+    let (count, event) = handle(30, &offer(30, number(1), &tensor, &good), None);
+    assert_eq!(count, 1);
+    assert!(
+        matches!(event, Some(Event::Offered { len: 100, .. })),
+        "{event:?}"
+    );
+    assert_eq!(
+        handle(31, &offer(31, number(1), &tensor, &good), None),
+        (0, None)
+    );
+    let datagram = offer(30, number(1), &tensor, &good);
+    assert_eq!(
+        handle(32, &datagram, Some(DropCause::DuplicatePacket)),
+        (0, None)
+    );
+    // It acknowledges what was never sent.
+    let lies = Offer { acked: 1, ..good };
+    let (_, event) = handle(40, &offer(40, number(0), &tensor, &lies), None);
+    assert!(matches!(event, Some(Event::Offered { .. })), "{event:?}");
+    let closed = two.poll_event();
+    assert!(
+        matches!(
+            closed,
+            Some(Event::Closed {
+                reason: CloseReason::Violation(_)
+            })
+        ),
+        "{closed:?}"
+    );
+    assert!(two.is_closed() && !two.release(9));
 }

@@ -4,8 +4,8 @@ use std::collections::HashMap;
 
 use genie_proto::seal::{Opener, Sealer, Secret};
 use genie_proto::wire::{
-    Ack, AckRange, Body, Done, DoneAck, FLAG_FIN, HEADER_LEN, Header, Kind, Probe, ProbeAck, Reset,
-    Scope, crc,
+    Ack, AckRange, Body, Done, DoneAck, FLAG_FIN, Grant, HEADER_LEN, Header, Kind, Offer, Probe,
+    ProbeAck, Reset, Scope, crc,
 };
 use genie_proto::{Digest, SessionId, TransferId};
 
@@ -70,8 +70,20 @@ fn packets_are_the_golden_ones_both_ways() {
             scope: Scope::ToMe,
             reason: 3,
         }),
+        Body::Grant(Grant {
+            total: 0x5152_5354,
+            len_max: 4096,
+        }),
     ];
-    let names = ["ack", "done", "done-ack", "probe", "probe-ack", "reset"];
+    let names = [
+        "ack",
+        "done",
+        "done-ack",
+        "probe",
+        "probe-ack",
+        "reset",
+        "grant",
+    ];
     let mut vectors = vectors();
     for (name, body) in names.into_iter().zip(bodies) {
         let golden = vectors.remove(name).unwrap();
@@ -91,6 +103,7 @@ fn packets_are_the_golden_ones_both_ways() {
             "{name}"
         );
     }
+    check_offer(&vectors.remove("offer").unwrap());
     let golden = vectors.remove("data").unwrap();
     let payload: Vec<u8> = (0..64).collect();
     let header = header(Kind::Data, 64);
@@ -105,6 +118,27 @@ fn packets_are_the_golden_ones_both_ways() {
     let sealed: Vec<_> = vectors.into_keys().collect();
     let known = |name: &&str| ["sealed", "sealed-next"].contains(name);
     assert!(sealed.iter().all(known), "a vector that nothing checks");
+}
+
+fn check_offer(golden: &[u8]) {
+    let tensor: Vec<u8> = (0..16).collect();
+    let offer = Offer {
+        digest: Digest(crc(&tensor)),
+        granted: 0x5152_5354,
+        acked: 7,
+        metadata: b"ABC"[..].try_into().unwrap(),
+    };
+    let payload = [&offer.encode()[..], &tensor].concat();
+    let header = Header {
+        transfer: TransferId::of_offer(0x3_0000_0005),
+        offset: 0x0b0c_0d0e_0f00,
+        ..header(Kind::Offer, payload.len())
+    };
+    let checked = crc(&payload[..offer.len_bytes()]);
+    assert_eq!([&header.encode(checked)[..], &payload].concat(), golden);
+    assert_eq!(Header::parse(golden, golden.len()), Ok((header, checked)));
+    assert_eq!(Offer::parse(&golden[HEADER_LEN..]), Ok(offer));
+    assert_eq!(header.transfer.offer_number(), Some(0x3_0000_0005));
 }
 
 #[test]

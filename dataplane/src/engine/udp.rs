@@ -7,6 +7,7 @@
 
 #![forbid(unsafe_code)]
 
+mod offer;
 mod session;
 mod slots;
 mod thread;
@@ -16,7 +17,8 @@ use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
 use genie_proto::seal::Secrets;
-use genie_proto::{Credit, SessionId, Time, wire};
+use genie_proto::wire::Metadata;
+use genie_proto::{Credit, OfferError, SessionId, Time, TransferId, wire};
 use serde::{Deserialize, Serialize};
 
 use super::frame::{self, Head, Parsed};
@@ -26,10 +28,11 @@ use super::{
     RingSnapshot, SealedSnapshot, Status,
 };
 use crate::device::{BURST_MAX, Capabilities, Device, HEAD_MAX, TxFrame};
-use crate::memory::{RegionError, View};
+use crate::memory::{Lease, RegionError, View};
 use session::Session;
 use slots::Slots;
 
+pub use offer::{Offer, OfferRefused, Offers};
 pub use thread::{SpawnError, spawn};
 
 /// How an engine is set up.
@@ -45,6 +48,10 @@ pub struct Config {
     /// Scheduling priority of its thread: positive gives way to the control
     /// plane, which otherwise waits for milliseconds on a machine of two cores.
     pub nice: i32,
+    /// Slots that each session's peer may send small tensors into. For engines
+    /// that a caller drives: an [`Endpoint`](crate::endpoint::Endpoint) has
+    /// nowhere to put them, and [`spawn`] grants none.
+    pub offers: Offers,
 }
 
 impl Default for Config {
@@ -54,6 +61,7 @@ impl Default for Config {
             port: 5556,
             liveness: Duration::from_secs(2),
             nice: 10,
+            offers: Offers::default(),
         }
     }
 }
@@ -158,6 +166,8 @@ struct Core {
     /// What was done and is not taken yet. Bounded by the operations that the
     /// caller has under way.
     completions: VecDeque<Completion>,
+    /// Small tensors that arrived and are not taken yet; no more than slots.
+    offers: VecDeque<Offer>,
     /// Frames that belong to no session or are not understood.
     dropped: u64,
     totals: Totals,
@@ -212,6 +222,7 @@ impl<D: Device> Polled<D> {
             starved: false,
             private: Vec::new(),
             completions: VecDeque::new(),
+            offers: VecDeque::new(),
             dropped: 0,
             totals: Totals::default(),
             status,
@@ -266,6 +277,46 @@ impl<D: Device> Polled<D> {
         self.core.completions.pop_front()
     }
 
+    /// Sends a small tensor into a slot that the peer granted beforehand: one
+    /// packet, one round trip, no transfer to be asked for. Answered by
+    /// [`Completion::Transferred`] once the peer has it, verified.
+    ///
+    /// Refused, with its lease, where no slot is left or the tensor is too long:
+    /// the ordinary way is open then. `operation` is to be unique in its session.
+    pub fn offer(
+        &mut self,
+        session: SessionId,
+        operation: OperationId,
+        metadata: Metadata,
+        from: Lease,
+    ) -> Result<TransferId, OfferRefused> {
+        let Self { device, core } = self;
+        match core.sessions.get_mut(&session) {
+            Some(session) => session.offer(operation, metadata, from, device),
+            None => Err(OfferRefused {
+                from,
+                reason: OfferError::Closed,
+            }),
+        }
+    }
+
+    /// The next small tensor that arrived unasked and was verified.
+    pub fn poll_offer(&mut self) -> Option<Offer> {
+        self.core.offers.pop_front()
+    }
+
+    /// The bytes of a small tensor; none once its session has ended.
+    pub fn offered(&self, offer: &Offer) -> Option<View<'_>> {
+        self.core.sessions.get(&offer.session())?.offered(offer)
+    }
+
+    /// Gives the slot of a small tensor back, for its peer to use again.
+    pub fn release(&mut self, offer: Offer) {
+        if let Some(session) = self.core.sessions.get_mut(&offer.session()) {
+            session.release(offer);
+        }
+    }
+
     /// When a timer wants the next [`Polled::turn`], if one runs.
     pub fn next_deadline(&self) -> Option<Time> {
         self.core
@@ -303,6 +354,7 @@ impl<D: Device> Polled<D> {
                     mtu: capabilities.mtu,
                     credit: first_credit(capabilities.rx_descriptors),
                     integrity,
+                    offers: core.config.offers,
                 };
                 let sealing = match remote.secrets {
                     Some(_) => core.prepare_sealing(capabilities),
@@ -430,7 +482,13 @@ impl<D: Device> Polled<D> {
         let copying = session::Copying::of(device.capabilities());
         let mut detaching = false;
         for session in core.sessions.values_mut() {
-            session.take_events(now, copying, &mut core.totals, &mut core.completions);
+            session.take_events(
+                now,
+                copying,
+                &mut core.totals,
+                &mut core.completions,
+                &mut core.offers,
+            );
             detaching |= session.is_detaching();
         }
         if detaching {
@@ -466,7 +524,13 @@ impl<D: Device> Polled<D> {
         let copying = session::Copying::of(device.capabilities());
         for session in core.sessions.values_mut() {
             session.close();
-            session.take_events(now, copying, &mut core.totals, &mut core.completions);
+            session.take_events(
+                now,
+                copying,
+                &mut core.totals,
+                &mut core.completions,
+                &mut core.offers,
+            );
             session.detach(device, &mut core.completions);
         }
     }
@@ -573,8 +637,15 @@ impl Core {
             peer,
             limit: self.config.liveness,
         };
-        let session = Session::new(now, id, &remote, opening, own);
-        self.sessions.insert(id, session);
+        match Session::new(now, id, &remote, opening, own) {
+            Ok(session) => drop(self.sessions.insert(id, session)),
+            Err(error) => {
+                let reason = format!("no memory for small tensors: {error}");
+                let result = Err(OpenError::Refused(reason));
+                self.completions
+                    .push_back(Completion::Opened { operation, result });
+            }
+        }
     }
 
     /// Makes all that sealing takes, so that no packet has to.

@@ -3,6 +3,7 @@
 mod defects;
 mod faults;
 mod harness;
+mod offers;
 mod polled;
 mod resume;
 mod sealed;

@@ -4,60 +4,68 @@ use std::time::Instant;
 
 use genie_dataplane::device::Device;
 use genie_dataplane::device::pair::{Options, PairDevice, pair};
-use genie_dataplane::engine::udp::{self, Polled};
+use genie_dataplane::engine::udp::{self, Offer, Polled};
 use genie_dataplane::engine::{
     Command, Completion, FailReason, OpenError, OperationId, Receipt, Remote,
 };
 use genie_dataplane::memory::Lease;
-use genie_dataplane::{Integrity, SessionId, TransferId};
+use genie_dataplane::{Integrity, Secrets, SessionId, TransferId};
 
 use crate::harness::{PATIENCE, config, contents, random_bytes, region, short};
 
 /// Two engines and what they have answered.
-struct Ends {
-    engines: [Polled<PairDevice>; 2],
-    answers: [Vec<Completion>; 2],
+pub(crate) struct Ends<D> {
+    pub(crate) engines: [Polled<D>; 2],
+    pub(crate) answers: [Vec<Completion>; 2],
+    pub(crate) offers: [Vec<Offer>; 2],
 }
 
-const SESSIONS: [SessionId; 2] = [SessionId(7), SessionId(8)];
+pub(crate) const SESSIONS: [SessionId; 2] = [SessionId(7), SessionId(8)];
 
-impl Ends {
-    fn new(options: &Options, config: udp::Config) -> Self {
-        let (a, b) = pair(options);
+impl Ends<PairDevice> {
+    fn open() -> Self {
+        let (a, b) = pair(&Options::default());
+        let mut ends = Self::new([a, b], &config());
+        ends.open_both(None);
+        ends
+    }
+}
+
+impl<D: Device> Ends<D> {
+    pub(crate) fn new(devices: [D; 2], config: &udp::Config) -> Self {
         Self {
-            engines: [a, b].map(|device| Polled::new(config.clone(), device)),
+            engines: devices.map(|device| Polled::new(config.clone(), device)),
             answers: [Vec::new(), Vec::new()],
+            offers: [Vec::new(), Vec::new()],
         }
     }
 
-    fn open() -> Self {
-        let mut ends = Self::new(&Options::default(), config());
-        for end in [0, 1] {
-            ends.ask_open(end);
-        }
-        ends.drive("both paths open", |ends| {
+    pub(crate) fn open_both(&mut self, secrets: Option<&Secrets>) {
+        let theirs = secrets.cloned().map(Secrets::of_the_other_end);
+        self.ask_open(0, secrets.cloned());
+        self.ask_open(1, theirs);
+        self.drive("both paths open", |ends| {
             ends.answers.iter().all(|answers| answers.len() == 1)
         });
-        for answers in &mut ends.answers {
+        for answers in &mut self.answers {
             let opened = answers.pop();
             assert!(
                 matches!(opened, Some(Completion::Opened { result: Ok(_), .. })),
                 "{opened:?}"
             );
         }
-        ends
     }
 
-    fn ask(&mut self, end: usize, command: Command) {
+    pub(crate) fn ask(&mut self, end: usize, command: Command) {
         let now = self.engines[end].now();
         self.engines[end].handle_command(now, command);
     }
 
-    fn ask_open(&mut self, end: usize) {
+    fn ask_open(&mut self, end: usize, secrets: Option<Secrets>) {
         let remote = udp::Remote {
             local: self.engines[1 - end].local(),
             session: SESSIONS[1 - end],
-            secrets: None,
+            secrets,
         };
         let command = Command::Open {
             operation: OperationId(1),
@@ -69,7 +77,7 @@ impl Ends {
     }
 
     /// Has the first end send `from` and the second receive it into `into`.
-    fn ask_transfer(&mut self, generation: u32, from: Lease, into: Lease) {
+    pub(crate) fn ask_transfer(&mut self, generation: u32, from: Lease, into: Lease) {
         let transfer = TransferId {
             slot: 0,
             generation,
@@ -93,19 +101,22 @@ impl Ends {
         self.ask(0, send);
     }
 
-    fn drive(&mut self, what: &str, mut done: impl FnMut(&Self) -> bool) {
+    pub(crate) fn drive(&mut self, what: &str, mut done: impl FnMut(&Self) -> bool) {
         let limit = Instant::now() + PATIENCE;
         while !done(self) {
             for (engine, answers) in self.engines.iter_mut().zip(&mut self.answers) {
                 engine.turn(engine.now());
                 answers.extend(std::iter::from_fn(|| engine.poll_completion()));
             }
+            for (engine, offers) in self.engines.iter_mut().zip(&mut self.offers) {
+                offers.extend(std::iter::from_fn(|| engine.poll_offer()));
+            }
             assert!(Instant::now() < limit, "never happened: {what}");
         }
     }
 }
 
-fn receipt(completion: Completion) -> (OperationId, Result<Receipt, FailReason>) {
+pub(crate) fn receipt(completion: Completion) -> (OperationId, Result<Receipt, FailReason>) {
     match completion {
         Completion::Transferred { operation, result } => (operation, result),
         other => panic!("no end of a transfer: {other:?}"),
@@ -139,11 +150,12 @@ fn a_tensor_moves_between_two_engines_on_one_thread() {
 
 #[test]
 fn an_idle_engine_says_when_it_wants_to_be_driven() {
-    let mut ends = Ends::new(&Options::default(), short());
+    let (a, b) = pair(&Options::default());
+    let mut ends = Ends::new([a, b], &short());
     assert_eq!(ends.engines[0].next_deadline(), None);
     assert!(!ends.engines[0].turn(ends.engines[0].now()));
     // Nobody drives the other end, so this one waits for its answer.
-    ends.ask_open(0);
+    ends.ask_open(0, None);
     let engine = &mut ends.engines[0];
     let began = engine.now();
     assert!(engine.turn(began), "the question for the neighbour is due");
@@ -201,7 +213,7 @@ fn stop_ends_every_transfer_and_gives_memory_back() {
     );
     drop(answer);
     assert!(weak.upgrade().is_none(), "the engine kept the lease");
-    ends.ask_open(0);
+    ends.ask_open(0, None);
     ends.drive("a stopped engine opens nothing", |ends| {
         !ends.answers[0].is_empty()
     });

@@ -44,6 +44,11 @@ pub struct Config {
     pub integrity: Integrity,
     /// The congestion controller.
     pub congestion: Algorithm,
+    /// Slots for small tensors that the peer may send unasked; none if zero, at
+    /// most 1024.
+    pub offers: u16,
+    /// The longest tensor that such a slot holds, in bytes.
+    pub offer_len_max: u32,
     /// Transfer slots that each direction may use: `0..slots_max`.
     pub slots_max: u32,
     /// Random; makes probe tokens unguessable to who does not see the path.
@@ -53,6 +58,11 @@ pub struct Config {
 impl Config {
     /// The least [`Config::datagram_max`]: a full control packet.
     pub const DATAGRAM_MIN: u16 = (HEADER_LEN + CONTROL_MAX) as u16;
+
+    /// How far the slots for offers lie apart: their length in whole granules.
+    pub fn offer_stride(&self) -> u64 {
+        u64::from(self.offer_len_max).next_multiple_of(GRANULE)
+    }
 
     /// Bytes of the largest segment: granules that fit a datagram after the header.
     pub fn segment_max(&self) -> u64 {
@@ -80,6 +90,8 @@ impl Default for Config {
             progress_limit: Duration::from_secs(30),
             integrity: Integrity::Digest,
             congestion: Algorithm::Tolerant,
+            offers: 0,
+            offer_len_max: 0,
             slots_max: 1 << 16,
             seed: 0,
         }

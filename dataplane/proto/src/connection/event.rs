@@ -4,9 +4,10 @@ use std::time::Duration;
 
 use crate::digest::Digest;
 use crate::id::TransferId;
+use crate::wire::Metadata;
 
 /// Something the application should know. Every transfer that was accepted ends
-/// in exactly one of the first three; [`Event::PathLost`] or [`Event::Closed`]
+/// in exactly one of the first two or [`Event::Failed`]; [`Event::PathLost`] or [`Event::Closed`]
 /// is the last event of a connection.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Event {
@@ -29,6 +30,20 @@ pub enum Event {
         len: u64,
         /// Segments sent more than once.
         retransmits: u64,
+    },
+    /// The peer sent a small tensor unasked, and it is placed and verified. Its
+    /// slot is taken until [`Connection::release`](super::Connection::release).
+    Offered {
+        /// Its id, which the two ends share.
+        transfer: TransferId,
+        /// The slot it is in.
+        slot: u32,
+        /// What the peer's application says of it.
+        metadata: Metadata,
+        /// CRC32C of its bytes.
+        digest: Digest,
+        /// Its length in bytes.
+        len: u64,
     },
     /// A transfer is over without that.
     Failed {

@@ -1,14 +1,16 @@
 //! Datagrams that arrive.
 
 use super::event::{CloseReason, Event, FailReason, Violation, code};
-use super::receiving::{Claim, Verdict};
+use super::offered::Verdict;
+use super::receiving::{self, Claim};
 use super::sending::Judgement;
 use super::sent::Content;
 use super::{Connection, Control, DropCause, State};
 use crate::id::{Segment, TransferId};
 use crate::time::Time;
 use crate::wire::{
-    self, Ack, Body, Done, DoneAck, FLAG_FIN, HEADER_LEN, Header, Kind, ParseError, Reset, Scope,
+    self, Ack, AckRange, Body, Done, DoneAck, FLAG_FIN, FLAG_VOID, HEADER_LEN, Header, Kind, Offer,
+    ParseError, Reset, Scope,
 };
 
 use std::time::Duration;
@@ -23,6 +25,9 @@ impl Connection {
     /// are the bytes taken for delivered. For data that is there already and
     /// whose payload is not in `head`, it is called with `None`, writes nothing
     /// and returns the CRC32C of the payload, which vouches for the header too.
+    /// Of an OFFER, `head` has the payload up to the end of the metadata, and
+    /// `place` is given the slot's beginning as the segment's offset
+    /// ([`Config::offer_stride`](super::Config::offer_stride)); it writes the *last* bytes of the datagram there.
     /// Whatever is wrong with a datagram, it is dropped and counted.
     pub fn handle_datagram(
         &mut self,
@@ -60,6 +65,8 @@ impl Connection {
         let before = self.movement();
         if header.kind == Kind::Data {
             self.handle_data(header, payload_crc, head, datagram_len, place)?;
+        } else if header.kind == Kind::Offer {
+            self.handle_offer(now, header, payload_crc, head, place)?;
         } else {
             let payload = head
                 .get(HEADER_LEN..datagram_len)
@@ -80,12 +87,17 @@ impl Connection {
         let eliciting = header.kind != Kind::Ack;
         self.received
             .record(now, header.packet_number, header.timestamp, eliciting);
+        if header.kind == Kind::Offer {
+            self.received.prompt();
+        }
+        // The peer is there: it may know of its slots.
+        self.tell_offers();
         Ok(())
     }
 
     /// Changes when a byte is applied or a transfer ends.
     fn movement(&self) -> (u64, u64) {
-        let active = self.receiving.active() + self.sending.active();
+        let active = self.receiving.active() + self.sending.active() + self.offering.active();
         (self.stats.bytes_received, active)
     }
 
@@ -106,7 +118,7 @@ impl Connection {
             fin,
         };
         match self.receiving.check(claim) {
-            Verdict::Place => {
+            receiving::Verdict::Place => {
                 let crc = place(Some(Segment {
                     transfer,
                     offset,
@@ -118,7 +130,7 @@ impl Connection {
                 self.receiving.apply(claim, crc);
                 self.stats.bytes_received += u64::from(len);
             }
-            Verdict::AckOnly => {
+            receiving::Verdict::AckOnly => {
                 // Nothing is written, but a packet number that was corrupted
                 // must not be acknowledged: the sender would never send again
                 // what that packet carried.
@@ -131,7 +143,7 @@ impl Connection {
                 }
                 self.stats.duplicate_segments += u64::from(len > 0);
             }
-            Verdict::Drop(cause) => {
+            receiving::Verdict::Drop(cause) => {
                 if matches!(cause, DropCause::LengthMismatch | DropCause::OutOfBounds)
                     && self.receiving.strike(transfer)
                 {
@@ -147,6 +159,87 @@ impl Connection {
         Ok(())
     }
 
+    /// `head` has at least the beginning of the payload, before the tensor.
+    fn handle_offer(
+        &mut self,
+        now: Time,
+        header: Header,
+        payload_crc: u32,
+        head: &[u8],
+        place: impl FnOnce(Option<Segment>) -> u32,
+    ) -> Result<(), DropCause> {
+        let payload = head.get(HEADER_LEN..).ok_or(DropCause::Length)?;
+        let payload = &payload[..payload.len().min(header.payload_len.into())];
+        let offer = Offer::parse(payload)?;
+        let prefix = offer.len_bytes();
+        if wire::crc(&payload[..prefix]) != payload_crc {
+            return Err(DropCause::PayloadCheck);
+        }
+        let transfer = header.transfer;
+        let number = transfer.offer_number().ok_or(DropCause::NotGranted)?;
+        // `parse` found the prefix inside the payload.
+        let len = usize::from(header.payload_len) - prefix;
+        let void = header.flags & FLAG_VOID != 0;
+        match self.offered.check(number, len as u64) {
+            Verdict::Place(_) if void => self.offered.skip(number),
+            Verdict::Place(slot) => {
+                let crc = match len {
+                    0 => 0,
+                    _ => place(Some(Segment {
+                        transfer,
+                        offset: u64::from(slot) * self.config.offer_stride(),
+                        len: len as u32,
+                    })),
+                };
+                if crc != offer.digest.0 {
+                    return Err(DropCause::PayloadCheck);
+                }
+                self.offered.apply(number);
+                self.stats.bytes_received += len as u64;
+                self.stats.offers_received += 1;
+                self.moved = Some(now);
+                self.events.push_back(Event::Offered {
+                    transfer,
+                    slot,
+                    metadata: offer.metadata,
+                    digest: offer.digest,
+                    len: len as u64,
+                });
+            }
+            Verdict::Duplicate => self.stats.duplicate_segments += 1,
+            Verdict::NotGranted => return Err(DropCause::NotGranted),
+            Verdict::TooLong => return Err(DropCause::OutOfBounds),
+        }
+        self.offering.handle_granted(offer.granted, None);
+        self.handle_run(now, header.offset, offer.acked);
+        Ok(())
+    }
+
+    /// Takes in what an offer acknowledges: `count` packets up to `largest`.
+    fn handle_run(&mut self, now: Time, largest: u64, count: u16) {
+        let Some(below) = u64::from(count).checked_sub(1) else {
+            return;
+        };
+        if largest >= self.sent.next_number() || below > largest {
+            return self.violate(Violation::AckOfUnsent);
+        }
+        let first = largest - below;
+        let range = AckRange {
+            first,
+            last: largest,
+        };
+        self.stats.spurious_losses += self.sent.ack(range, &mut self.acked);
+        // How long it waited for the offer is not said: no round trip.
+        self.take_acked(now, None);
+    }
+
+    /// Has the peer told of its limit if need be.
+    pub(super) fn tell_offers(&mut self) {
+        if self.offered.take_due() && self.state == State::Open {
+            self.controls.push_back(Control::Grant);
+        }
+    }
+
     fn handle_control(&mut self, now: Time, header: Header, body: Body) -> Result<(), DropCause> {
         match body {
             Body::Ack(ack) => self.handle_ack(now, header.packet_number, &ack),
@@ -155,6 +248,10 @@ impl Connection {
             Body::Probe(probe) => self.reply(Control::ProbeAck(probe.token))?,
             Body::ProbeAck(answer) => self.handle_probe_ack(now, answer.token),
             Body::Reset(reset) => self.handle_reset(header.transfer, reset),
+            Body::Grant(grant) => {
+                self.offering
+                    .handle_granted(grant.total, Some(grant.len_max));
+            }
         }
         Ok(())
     }
@@ -174,12 +271,20 @@ impl Connection {
             }
             self.stats.spurious_losses += self.sent.ack(*range, &mut self.acked);
         }
+        let delay = Duration::from_micros(u64::from(ack.delay_us));
+        self.take_acked(now, Some((largest, delay)));
+    }
+
+    /// Acts on packets that were found acknowledged; `waited`: how long the
+    /// packet with this number waited at the peer.
+    fn take_acked(&mut self, now: Time, waited: Option<(u64, Duration)>) {
         let limited = std::mem::take(&mut self.limited);
         let acked = std::mem::take(&mut self.acked);
         // The first range is the highest, so the latest packet is at its end.
         if let Some(latest) = acked.iter().max_by_key(|packet| packet.number) {
-            if latest.number == largest {
-                let delay = Duration::from_micros(u64::from(ack.delay_us));
+            if let Some((largest, delay)) = waited
+                && latest.number == largest
+            {
                 self.rtt.sample(now.since(latest.at), delay);
             }
             let bytes = acked.iter().map(|packet| u64::from(packet.bytes)).sum();
@@ -190,6 +295,9 @@ impl Connection {
             if let Content::Data { segment, index } = packet.content {
                 self.moved = Some(now);
                 self.sending.handle_acked(index, segment);
+            } else if let Content::Offer(number) = packet.content {
+                self.moved = Some(now);
+                self.events.extend(self.offering.handle_acked(number));
             }
         }
         self.acked = acked;

@@ -5,10 +5,12 @@ use arrayvec::ArrayVec;
 use super::event::{CloseReason, Event, FailReason, code};
 use super::sent::Content;
 use super::{Connection, Control, PROBES_MAX, State, Transmit};
+use crate::digest::Digest;
 use crate::id::{Segment, TransferId};
 use crate::time::Time;
 use crate::wire::{
-    self, Body, FLAG_FIN, HEADER_LEN, Header, Kind, Probe, ProbeAck, Reset, Scope, U48_LIMIT,
+    self, Body, FLAG_FIN, FLAG_VOID, Grant, HEADER_LEN, Header, Kind, Metadata, Offer, Probe,
+    ProbeAck, Reset, Scope, U48_LIMIT,
 };
 
 const NO_TRANSFER: TransferId = TransferId {
@@ -25,7 +27,7 @@ impl Connection {
     pub fn poll_transmit(
         &mut self,
         now: Time,
-        crc: impl FnMut(Segment) -> u32,
+        mut crc: impl FnMut(Segment) -> u32,
     ) -> Option<Transmit> {
         if let State::Closed {
             code,
@@ -54,7 +56,10 @@ impl Connection {
             return None;
         }
         self.watch(now);
-        if self.received.is_due(now) {
+        // An offer takes the acknowledgement along.
+        let taken_along =
+            || self.offering.has_next() && self.may_send() && self.received.run().is_some();
+        if self.received.is_due(now) && !taken_along() {
             let ack = self.received.take_ack(now, self.config.receive_credit);
             self.stats.acks_sent += 1;
             return Some(self.bare(now, Body::Ack(ack)));
@@ -62,14 +67,19 @@ impl Connection {
         if !self.may_send() {
             // Credit is no reason for the window to grow.
             let full = self.sent.in_flight_bytes() >= self.controller.window_bytes();
-            self.limited |= full && self.sending.has_next();
+            self.limited |= full && self.has_data();
             return None;
         }
         let transmit = self
             .next_control(now)
+            .or_else(|| self.next_offer(now, &mut crc))
             .or_else(|| self.next_data(now, crc))?;
         self.extra = self.extra.saturating_sub(1);
         Some(transmit)
+    }
+
+    pub(super) fn has_data(&self) -> bool {
+        self.sending.has_next() || self.offering.has_next()
     }
 
     fn may_send(&self) -> bool {
@@ -88,6 +98,11 @@ impl Connection {
                 },
                 Control::DoneAck(id, answer) => (id, Body::DoneAck(answer)),
                 Control::Reset(id, scope, reason) => (id, Body::Reset(Reset { scope, reason })),
+                Control::Grant => {
+                    let (total, len_max) = self.offered.tell(true);
+                    let total = total as u32;
+                    (NO_TRANSFER, Body::Grant(Grant { total, len_max }))
+                }
                 Control::Probe => (
                     NO_TRANSFER,
                     Body::Probe(Probe {
@@ -143,6 +158,63 @@ impl Connection {
             head,
             payload: (segment.len > 0).then_some(segment),
         })
+    }
+
+    fn next_offer(&mut self, now: Time, crc: &mut impl FnMut(Segment) -> u32) -> Option<Transmit> {
+        let next = self.offering.next()?;
+        let (number, transfer) = (next.number, TransferId::of_offer(next.number));
+        let segment = Segment {
+            transfer,
+            offset: 0,
+            len: next.len,
+        };
+        let digest = Digest(if next.len == 0 { 0 } else { crc(segment) });
+        let changed = next.digest.is_some_and(|before| before != digest);
+        let void = next.void || changed;
+        let (largest, acked) = self.received.run().unwrap_or_default();
+        let prefix = Offer {
+            digest: if void { Digest(0) } else { digest },
+            granted: self.offered.tell(false).0 as u32,
+            acked,
+            metadata: if void {
+                Metadata::new()
+            } else {
+                next.metadata.clone()
+            },
+        };
+        if changed {
+            let reason = FailReason::DigestMismatch;
+            self.events.extend(self.offering.abandon(number, reason));
+        } else {
+            self.offering.record(number, digest);
+        }
+        if acked > 0 {
+            self.received.acknowledged();
+        }
+        let payload = (!void && segment.len > 0).then_some(segment);
+        let bytes = prefix.encode();
+        let tensor_len = payload.map_or(0, |segment| segment.len);
+        let header = Header {
+            kind: Kind::Offer,
+            flags: if void { FLAG_VOID } else { 0 },
+            payload_len: (bytes.len() as u32 + tensor_len) as u16,
+            session: self.remote,
+            transfer,
+            timestamp: now.as_wire_micros(),
+            path: self.config.path,
+            packet_number: self.sent.next_number(),
+            offset: largest,
+        };
+        let len = HEADER_LEN as u32 + u32::from(header.payload_len);
+        self.sent.push(now, len, Content::Offer(number));
+        self.stats.packets_sent += 1;
+        self.stats.bytes_sent += u64::from(tensor_len);
+        let mut head = ArrayVec::new();
+        for part in [&header.encode(wire::crc(&bytes))[..], &bytes] {
+            head.try_extend_from_slice(part)
+                .expect("a header and an offer's beginning fit a head");
+        }
+        Some(Transmit { head, payload })
     }
 
     /// A packet that nobody acknowledges.

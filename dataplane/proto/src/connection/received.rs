@@ -17,6 +17,8 @@ pub(super) struct Received {
     largest_timestamp: u32,
     /// Packets that ask for an acknowledgement and have none yet.
     unacked: u32,
+    /// The lowest number among them.
+    lowest_unacked: u64,
     at_once: bool,
     /// When the first of them will have waited long enough.
     deadline: Option<Time>,
@@ -31,6 +33,7 @@ impl Received {
             largest_at: Time::default(),
             largest_timestamp: 0,
             unacked: 0,
+            lowest_unacked: u64::MAX,
             at_once: false,
             deadline: None,
             every,
@@ -58,6 +61,7 @@ impl Received {
             return;
         }
         self.unacked += 1;
+        self.lowest_unacked = self.lowest_unacked.min(number);
         // RFC 9000 section 13.2.1: out of order, or behind a gap, is news for the sender.
         self.at_once |= number != expected || self.unacked >= self.every;
         self.deadline.get_or_insert(now + self.delay_max);
@@ -128,11 +132,34 @@ impl Received {
         self.deadline().is_some_and(|deadline| deadline <= now)
     }
 
-    /// The acknowledgement, which is then no longer due.
-    pub(super) fn take_ack(&mut self, now: Time, credit: u32) -> Ack {
+    /// Makes an acknowledgement due as soon as there is nothing else to receive:
+    /// the peer waits for it.
+    pub(super) fn prompt(&mut self) {
+        self.at_once |= self.unacked > 0;
+    }
+
+    /// The highest number that arrived and how many did from there downward, if
+    /// that acknowledges all that waits for it.
+    pub(super) fn run(&self) -> Option<(u64, u16)> {
+        let top = self.ranges.first()?;
+        if self.unacked == 0 || self.lowest_unacked < top.first {
+            return None;
+        }
+        let count = u16::try_from(top.last - self.lowest_unacked + 1).ok()?;
+        Some((top.last, count))
+    }
+
+    /// Another packet took [`Received::run`] along: no acknowledgement is due.
+    pub(super) fn acknowledged(&mut self) {
         self.unacked = 0;
+        self.lowest_unacked = u64::MAX;
         self.at_once = false;
         self.deadline = None;
+    }
+
+    /// The acknowledgement, which is then no longer due.
+    pub(super) fn take_ack(&mut self, now: Time, credit: u32) -> Ack {
+        self.acknowledged();
         let delay_us = now.since(self.largest_at).as_micros();
         Ack {
             delay_us: u32::try_from(delay_us).unwrap_or(u32::MAX),

@@ -26,6 +26,8 @@ pub(super) struct SentPacket {
 pub(super) enum Content {
     /// A segment; `index` is where the sending side keeps its transfer.
     Data { segment: Segment, index: u32 },
+    /// An offer, by its number.
+    Offer(u64),
     /// A control message.
     Control(Control),
     /// Nothing: it has gone out again in a later packet already.

@@ -13,9 +13,11 @@ pub struct Stats {
     pub packets_received: u64,
     /// Tensor bytes applied and verified.
     pub bytes_received: u64,
+    /// Offers delivered.
+    pub offers_received: u64,
     /// Segments that had been applied already: acknowledged, not written.
     pub duplicate_segments: u64,
-    /// Segments sent again.
+    /// Segments and offers sent again.
     pub retransmits: Retransmits,
     /// Packets given up for lost whose acknowledgement came after all.
     pub spurious_losses: u64,

@@ -74,7 +74,7 @@ impl Connection {
         } else {
             self.alive = None;
         }
-        if self.receiving.active() + self.sending.active() > 0 {
+        if self.receiving.active() + self.sending.active() + self.offering.active() > 0 {
             self.moved.get_or_insert(now);
         } else {
             self.moved = None;
@@ -118,7 +118,7 @@ impl Connection {
             }
             moved += 1;
         }
-        if moved == 0 || (self.controls.is_empty() && !self.sending.has_next()) {
+        if moved == 0 || (self.controls.is_empty() && !self.has_data()) {
             self.queue_probe();
         }
         self.extra = PROBE_PACKETS;
@@ -128,6 +128,7 @@ impl Connection {
     fn send_again(&mut self, content: Content) -> bool {
         match content {
             Content::Data { segment, index } => self.sending.handle_lost(index, segment),
+            Content::Offer(number) => self.offering.handle_lost(number),
             Content::Control(Control::Probe) => {
                 self.queue_probe();
                 false

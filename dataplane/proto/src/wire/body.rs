@@ -24,6 +24,8 @@ pub enum Body {
     ProbeAck(ProbeAck),
     /// Of [`Kind::Reset`].
     Reset(Reset),
+    /// Of [`Kind::Grant`].
+    Grant(Grant),
 }
 
 /// Which packets arrived.
@@ -92,6 +94,15 @@ pub struct Reset {
     pub reason: u16,
 }
 
+/// How many OFFERs the peer may send.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Grant {
+    /// In all, the low 32 bits.
+    pub total: u32,
+    /// The longest tensor of each, in bytes.
+    pub len_max: u32,
+}
+
 /// What a [`Reset`] ends. Both ends choose transfer ids, so it says whose it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
@@ -153,6 +164,13 @@ struct RawReset {
     reason: U16,
 }
 
+#[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
+#[repr(C)]
+struct RawGrant {
+    total: U32,
+    len_max: U32,
+}
+
 const _: () = assert!(size_of::<RawAck>() + ACK_RANGES_MAX * size_of::<RawRange>() <= CONTROL_MAX);
 
 impl Body {
@@ -163,7 +181,7 @@ impl Body {
             return Err(ParseError::Body);
         }
         match kind {
-            Kind::Data => Err(ParseError::Body),
+            Kind::Data | Kind::Offer => Err(ParseError::Body),
             Kind::Ack => Ack::parse(payload).map(Self::Ack),
             Kind::Done => exactly::<RawDone>(payload).map(|raw| {
                 Self::Done(Done {
@@ -200,6 +218,12 @@ impl Body {
                     reason: raw.reason.get(),
                 }))
             }
+            Kind::Grant => exactly::<RawGrant>(payload).map(|raw| {
+                Self::Grant(Grant {
+                    total: raw.total.get(),
+                    len_max: raw.len_max.get(),
+                })
+            }),
         }
     }
 
@@ -212,6 +236,7 @@ impl Body {
             Self::Probe(_) => Kind::Probe,
             Self::ProbeAck(_) => Kind::ProbeAck,
             Self::Reset(_) => Kind::Reset,
+            Self::Grant(_) => Kind::Grant,
         }
     }
 
@@ -252,6 +277,13 @@ impl Body {
                     scope: reset.scope as u8,
                     reserved: 0,
                     reason: reset.reason.into(),
+                },
+            ),
+            Self::Grant(grant) => push(
+                &mut bytes,
+                &RawGrant {
+                    total: grant.total.into(),
+                    len_max: grant.len_max.into(),
                 },
             ),
         }
@@ -396,6 +428,7 @@ mod tests {
                 scope: [Scope::Session, Scope::ToMe, Scope::FromMe][usize::from(scope)],
                 reason
             })),
+            any::<(u32, u32)>().prop_map(|(total, len_max)| Body::Grant(Grant { total, len_max })),
         ]
     }
 

@@ -7,7 +7,7 @@ use super::{U48_LIMIT, crc};
 use crate::id::{SessionId, TransferId};
 
 /// The version spoken here.
-pub const VERSION: u8 = 1;
+pub const VERSION: u8 = 2;
 /// Bytes of a header.
 pub const HEADER_LEN: usize = 40;
 /// Bytes of a header that can be read in a sealed packet: all but the check.
@@ -34,6 +34,10 @@ pub enum Kind {
     ProbeAck = 6,
     /// A transfer, or the session, is over.
     Reset = 7,
+    /// A small tensor and its metadata.
+    Offer = 8,
+    /// How many OFFERs the peer may send.
+    Grant = 9,
 }
 
 /// A header's fields, in the host's byte order.
@@ -41,7 +45,7 @@ pub enum Kind {
 pub struct Header {
     /// What the packet is.
     pub kind: Kind,
-    /// [`FLAG_FIN`]; other bits are sent as zero and ignored.
+    /// [`FLAG_FIN`] on DATA, [`FLAG_VOID`](super::FLAG_VOID) on OFFER; other bits are sent as zero and ignored.
     pub flags: u8,
     /// Bytes after the header.
     pub payload_len: u16,
@@ -55,7 +59,8 @@ pub struct Header {
     pub path: u16,
     /// 48 bits, rising, never used twice on a path.
     pub packet_number: u64,
-    /// On DATA: where the payload belongs in the transfer; 48 bits.
+    /// On DATA: where the payload belongs in the transfer; on OFFER: the highest
+    /// packet number that arrived. 48 bits.
     pub offset: u64,
 }
 
@@ -71,7 +76,7 @@ pub enum ParseError {
     /// The header check does not match.
     #[error("header check does not match")]
     HeaderCheck,
-    /// A type not spoken here (OFFER and GRANT among them).
+    /// A type not spoken here.
     #[error("packet type {0} is not spoken here")]
     Kind(u8),
     /// A control packet's payload is malformed.
@@ -181,7 +186,8 @@ impl Kind {
             5 => Self::Probe,
             6 => Self::ProbeAck,
             7 => Self::Reset,
-            // 8 (OFFER) and 9 (GRANT) are reserved.
+            8 => Self::Offer,
+            9 => Self::Grant,
             _ => return None,
         })
     }
@@ -192,6 +198,12 @@ impl Kind {
 pub fn peek_session(head: &[u8]) -> Option<SessionId> {
     let (raw, _) = Raw::ref_from_prefix(head).ok()?;
     (raw.version_kind >> 4 == VERSION).then(|| SessionId(raw.session.get()))
+}
+
+/// The type a datagram says it is of, to see how much of it the connection must
+/// be shown; the connection then checks the header.
+pub fn peek_kind(head: &[u8]) -> Option<Kind> {
+    Kind::parse(head.first()? & 0xf)
 }
 
 /// The packet number that a header gives, whether it is sealed or not.
@@ -225,7 +237,7 @@ mod tests {
     fn any_header() -> impl Strategy<Value = Header> {
         let ids = (any::<u32>(), any::<u32>(), any::<u32>());
         let rest = (
-            1u8..8,
+            1u8..10,
             any::<u8>(),
             any::<u16>(),
             any::<u32>(),

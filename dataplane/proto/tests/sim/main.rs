@@ -3,6 +3,7 @@
 
 mod incast;
 mod network;
+mod offers;
 mod pair;
 mod sealed;
 

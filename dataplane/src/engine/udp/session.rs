@@ -14,10 +14,13 @@ use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 use genie_proto::seal::{Opener, Sealer, TAG_LEN};
+use genie_proto::wire::{Kind, Metadata};
 use genie_proto::{
-    Connection, DropCause, Event, Integrity, Segment, SessionId, Time, TransferId, connection, wire,
+    Connection, DropCause, Event, Integrity, OfferError, Segment, SessionId, Time, TransferId,
+    connection, wire,
 };
 
+use super::offer::{INLINE_MAX, Offer, OfferRefused, Offers, Placed, Sending, Sent};
 use super::slots::Slots;
 use super::{Remote, Totals};
 use crate::device::{AttachError, Attachment, Capabilities, Device, Payload, TxFrame};
@@ -28,7 +31,7 @@ use crate::engine::{
     ResentSnapshot, SealedSnapshot, SessionSnapshot,
 };
 use crate::ledger::Copies;
-use crate::memory::{Lease, View};
+use crate::memory::{Lease, RegionError, View};
 
 /// The protocol sees datagrams up to this length whole, of longer ones, which
 /// can only be data, the header.
@@ -60,6 +63,9 @@ pub(super) struct Session {
     state: State,
     incoming: HashMap<TransferId, Incoming>,
     outgoing: HashMap<TransferId, Outgoing>,
+    /// Small tensors under way to the peer, and the slots for those from it.
+    offering: Sending,
+    offered: Option<Placed>,
     detaching: Vec<Detaching>,
     /// When there last was a transfer.
     busy: Option<Time>,
@@ -108,6 +114,7 @@ pub(super) struct Own {
     pub(super) mtu: u16,
     pub(super) credit: u16,
     pub(super) integrity: Integrity,
+    pub(super) offers: Offers,
 }
 
 struct Incoming {
@@ -177,7 +184,7 @@ impl Copying {
         }
     }
 
-    fn sent(self, bytes: u64) -> Copies {
+    pub(super) fn sent(self, bytes: u64) -> Copies {
         let count = |copies: bool| if copies { bytes } else { 0 };
         Copies {
             genie: count(self.genie_tx) + count(self.sealed),
@@ -227,7 +234,7 @@ impl Session {
         remote: &Remote,
         opening: Opening,
         own: Own,
-    ) -> Self {
+    ) -> Result<Self, RegionError> {
         let mtu = own.mtu.min(remote.local.mtu);
         let security = remote.secrets.as_ref().map(|secrets| {
             Box::new(Security {
@@ -246,11 +253,19 @@ impl Session {
             remote_credit: u32::from(remote.local.credit),
             idle_limit: opening.limit,
             integrity: own.integrity,
+            offers: own.offers.slots,
+            offer_len_max: own.offers.len_max,
             seed: fastrand::u64(..),
             ..connection::Config::default()
         };
-        Self {
+        let offered = match own.offers.slots {
+            0 => None,
+            slots => Some(Placed::new(slots, config.offer_stride())?),
+        };
+        Ok(Self {
             id,
+            offered,
+            offering: Sending::default(),
             connection: Connection::new(config, id, remote.session, now),
             peer: opening.peer,
             flow: None,
@@ -266,7 +281,7 @@ impl Session {
             security,
             integrity: own.integrity,
             copied_bytes: 0,
-        }
+        })
     }
 
     pub(super) fn peer(&self) -> IpAddr {
@@ -276,7 +291,7 @@ impl Session {
     /// Shows the connection, and whether its peer needs more of the receive ring
     /// than a beginner: it sends, or it answers to what we send.
     pub(super) fn show_credit(&mut self, now: Time, visit: &mut dyn FnMut(bool, &mut Connection)) {
-        if !self.incoming.is_empty() || !self.outgoing.is_empty() {
+        if !self.incoming.is_empty() || !self.outgoing.is_empty() || !self.offering.is_empty() {
             self.busy = Some(now);
         }
         let busy = self.busy.is_some_and(|at| now.since(at) < SHARE_KEPT);
@@ -363,6 +378,55 @@ impl Session {
         }
     }
 
+    pub(super) fn offer(
+        &mut self,
+        operation: OperationId,
+        metadata: Metadata,
+        from: Lease,
+        device: &mut dyn Device,
+    ) -> Result<TransferId, OfferRefused> {
+        let len = from.len();
+        let refused = |from, reason| Err(OfferRefused { from, reason });
+        let max = INLINE_MAX as u64;
+        if self.is_sealed() && len as u64 > max {
+            // Longer ones would have to be sealed in a slot of the engine's.
+            let len = len as u64;
+            return refused(from, OfferError::TooLong { len, max });
+        }
+        if let Err(reason) = self.connection.check_offer(len as u64, metadata.len()) {
+            return refused(from, reason);
+        }
+        let attachment = if len > INLINE_MAX {
+            match device.attach(from.clone()) {
+                Ok(attachment) => Some(attachment),
+                // The ordinary way says the same of it, in words.
+                Err(_) => return refused(from, OfferError::NotGranted),
+            }
+        } else {
+            None
+        };
+        let id = match self.connection.offer(len as u64, metadata) {
+            Ok(id) => id,
+            // Checked above.
+            Err(reason) => return refused(from, reason),
+        };
+        self.offering.push(id, operation, from, attachment);
+        Ok(id)
+    }
+
+    /// The bytes of an offer whose slot was not released.
+    pub(super) fn offered(&self, offer: &Offer) -> Option<View<'_>> {
+        self.offered.as_ref()?.view(offer)
+    }
+
+    pub(super) fn release(&mut self, offer: Offer) {
+        if let Some(offered) = &mut self.offered
+            && offered.release(&offer)
+        {
+            self.connection.release(offer.slot());
+        }
+    }
+
     pub(super) fn cancel(&mut self, transfer: TransferId, outgoing: bool) {
         self.connection.cancel(transfer, outgoing);
     }
@@ -388,7 +452,7 @@ impl Session {
         private: &mut [u8],
     ) {
         let Some(security) = &mut self.security else {
-            if datagram.len() <= DATAGRAM_WHOLE {
+            if datagram.len() <= DATAGRAM_WHOLE || wire::peek_kind(header) == Some(Kind::Offer) {
                 let mut whole = [0; DATAGRAM_WHOLE];
                 let have = datagram.copy_to(&mut whole);
                 self.handle_opened(now, &whole[..have], datagram);
@@ -418,6 +482,7 @@ impl Session {
         let Self {
             connection,
             incoming,
+            offered,
             integrity,
             copied_bytes,
             ..
@@ -428,6 +493,11 @@ impl Session {
             let Some(segment) = segment else {
                 return integrity.checksum(|| payload.crc32c());
             };
+            if segment.transfer.offer_number().is_some() {
+                *copied_bytes += u64::from(segment.len);
+                let offered = offered.as_ref().expect("slots are granted once made");
+                return offered.place(segment, payload, *integrity);
+            }
             let transfer = incoming
                 .get_mut(&segment.transfer)
                 .expect("the connection places only into transfers it was given");
@@ -489,6 +559,7 @@ impl Session {
         let Self {
             connection,
             outgoing,
+            offering,
             flow,
             integrity,
             security,
@@ -504,6 +575,9 @@ impl Session {
         let flow = flow.as_ref()?;
         let crc = |segment: Segment| {
             let (start, len) = (segment.offset as usize, segment.len as usize);
+            if let Some(number) = segment.transfer.offer_number() {
+                return integrity.checksum(|| offering.crc32c(number));
+            }
             let from = &outgoing[&segment.transfer].from;
             // Sealed payloads are read in any case.
             let loaded = sealing
@@ -526,7 +600,11 @@ impl Session {
             .head
             .try_extend_from_slice(&transmit.head)
             .expect("HEAD_MAX has room for both");
-        if let Some(segment) = transmit.payload {
+        if let Some(segment) = transmit.payload
+            && let Some(number) = segment.transfer.offer_number()
+        {
+            *copied_bytes += offering.fill(number, &mut frame);
+        } else if let Some(segment) = transmit.payload {
             let transfer = outgoing
                 .get_mut(&segment.transfer)
                 .expect("the connection sends only transfers it was given");
@@ -538,7 +616,7 @@ impl Session {
             });
         }
         if let Some((security, slots)) = sealing {
-            *copied_bytes += payload_len as u64;
+            *copied_bytes += frame.payload.map_or(0, |payload| u64::from(payload.len));
             security.seal(&mut frame, begin, slots);
         }
         Some(frame)
@@ -551,6 +629,7 @@ impl Session {
         copying: Copying,
         totals: &mut Totals,
         completions: &mut VecDeque<Completion>,
+        offers: &mut VecDeque<Offer>,
     ) {
         let copying = Copying {
             sealed: self.is_sealed(),
@@ -574,6 +653,20 @@ impl Session {
                         })
                     });
                 }
+                Event::Offered {
+                    transfer,
+                    slot,
+                    metadata,
+                    digest,
+                    len,
+                } => {
+                    totals.received_bytes += len;
+                    self.busy = Some(now);
+                    if let Some(offered) = &mut self.offered {
+                        offered.hold(slot, transfer);
+                    }
+                    offers.push_back(Offer::new(self.id, transfer, slot, metadata, digest, len));
+                }
                 Event::Sent {
                     transfer,
                     digest,
@@ -581,6 +674,16 @@ impl Session {
                     retransmits,
                 } => {
                     totals.sent_bytes += len;
+                    if let Some(offer) = self.offering.take(transfer) {
+                        let receipt = Receipt {
+                            bytes: len,
+                            digest,
+                            retransmits,
+                            copies: offer.copies(copying),
+                        };
+                        self.offer_ended(offer, Ok(receipt), completions);
+                        continue;
+                    }
                     self.sent(transfer, None, |outgoing| {
                         let cost = outgoing.cost(copying, retransmits);
                         Ok(Receipt {
@@ -596,6 +699,10 @@ impl Session {
                     outgoing: true,
                     reason,
                 } => {
+                    if let Some(offer) = self.offering.take(transfer) {
+                        self.offer_ended(offer, Err(fail_reason(reason)), completions);
+                        continue;
+                    }
                     let partial = self.partial_outgoing(transfer, copying);
                     self.sent(transfer, partial, |_| Err(fail_reason(reason)));
                 }
@@ -631,6 +738,27 @@ impl Session {
             // The lease goes before anybody is told that it has gone.
             drop(incoming);
             completions.push_back(Completion::Transferred { operation, result });
+        }
+    }
+
+    fn offer_ended(
+        &mut self,
+        offer: Sent,
+        result: Result<Receipt, FailReason>,
+        completions: &mut VecDeque<Completion>,
+    ) {
+        let operation = offer.operation;
+        match offer.attachment {
+            Some(attachment) => self.detaching.push(Detaching {
+                attachment,
+                operation,
+                result,
+                partial: None,
+            }),
+            None => {
+                drop(offer);
+                completions.push_back(Completion::Transferred { operation, result });
+            }
         }
     }
 
@@ -763,6 +891,9 @@ impl Session {
     }
 
     fn fail_transfers(&mut self, reason: FailReason, completions: &mut VecDeque<Completion>) {
+        while let Some(offer) = self.offering.pop() {
+            self.offer_ended(offer, Err(reason.clone()), completions);
+        }
         for (
             _,
             Incoming {
@@ -836,7 +967,8 @@ impl Session {
         let State::Ended { since, told } = self.state else {
             return false;
         };
-        let empty = self.incoming.is_empty() && self.outgoing.is_empty();
+        let empty =
+            self.incoming.is_empty() && self.outgoing.is_empty() && self.offering.is_empty();
         empty && self.detaching.is_empty() && (told || now.since(since) >= GOODBYE_LIMIT)
     }
 
@@ -902,7 +1034,7 @@ impl Session {
                 replayed: stats.drops(DropCause::Replayed),
                 old_epoch: stats.drops(DropCause::OldEpoch),
             }),
-            transfers: (self.incoming.len() + self.outgoing.len()) as u64,
+            transfers: (self.incoming.len() + self.outgoing.len() + self.offering.len()) as u64,
         }
     }
 }

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use genie_proto::Time;
 
-use super::{Config, Local, Polled};
+use super::{Config, Local, Offers, Polled};
 use crate::device::{BURST_MAX, Device};
 use crate::endpoint::{Endpoint, EnginePorts, Running};
 use crate::engine::idle::{Bed, Idle, Rest};
@@ -55,6 +55,10 @@ where
                 tracing::warn!(%errno, "cannot wait for the device's interrupts: sleeping in short steps");
                 Bed::default()
             }
+        };
+        let config = Config {
+            offers: Offers::default(),
+            ..config
         };
         let engine = Polled::with_status(config, device, engine_status);
         let _ = opened.send(Ok(engine.local()));
