@@ -141,7 +141,7 @@ pub struct AgentArgs {
     /// The kernel's congestion control of TCP data connections: cubic, bbr … [default: the system's; over loopback cubic]
     #[arg(long, value_name = "NAME", env = "GENIE_TCP_CONGESTION")]
     pub tcp_congestion: Option<String>,
-    /// Demand that packets are encrypted and authenticated: plain or aead, which needs credentials [default: plain]
+    /// Demand that tensors are encrypted and authenticated on their way: plain or aead, which needs credentials [default: plain]
     #[arg(long, value_name = "MODE", env = "GENIE_DATA_SECURITY")]
     pub data_security: Option<DataSecurity>,
     /// Certificates of the CA that peers' must be signed by ('genie ca init' makes one)

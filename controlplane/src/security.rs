@@ -1,7 +1,7 @@
 //! Whether tensors are sealed on their way, and with which keys.
 //!
 //! Each agent says in its Hello what it wants; what one of them demands counts
-//! for both. Sealed packets take keys that only the two have, so a TLS control
+//! for both. Sealing takes keys that only the two have, so a TLS control
 //! connection. The invariant: *an end that demands sealed data opens no path
 //! whose bytes others could read or change*.
 
@@ -19,7 +19,7 @@ pub enum DataSecurity {
     /// Nothing: checksums find accidents.
     #[default]
     Plain,
-    /// Authenticated encryption of every packet (AES-128-GCM).
+    /// Authenticated encryption of every packet, or record of a connection (AES-128-GCM).
     Aead,
 }
 
@@ -50,7 +50,7 @@ pub struct Demand<'a> {
     pub security: DataSecurity,
 }
 
-/// Whether packets over `transport` are sealed between two ends that demand
+/// Whether what `transport` carries is sealed between two ends that demand
 /// this, or why there can be no such path. `keyed`: they have keys in common.
 pub fn agree(demands: [Demand<'_>; 2], keyed: bool, transport: Transport) -> Result<bool, String> {
     let demanding = demands
@@ -62,14 +62,10 @@ pub fn agree(demands: [Demand<'_>; 2], keyed: bool, transport: Transport) -> Res
     match transport {
         // Nothing leaves the host, and the kernel says who is at the other end.
         Transport::Shm => Ok(false),
-        Transport::Dpdk if keyed => Ok(true),
-        Transport::Dpdk => Err(format!(
-            "node '{name}' demands sealed packets (--data-security aead), for which both ends \
+        Transport::Dpdk | Transport::Tcp if keyed => Ok(true),
+        Transport::Dpdk | Transport::Tcp => Err(format!(
+            "node '{name}' demands sealed data (--data-security aead), for which both ends \
              need --ca, --cert and --key"
-        )),
-        Transport::Tcp => Err(format!(
-            "node '{name}' demands sealed data (--data-security aead), and TCP data connections \
-             are not encrypted"
         )),
     }
 }
@@ -110,14 +106,15 @@ mod tests {
         }
         for both in [demands(Aead, Plain), demands(Plain, Aead)] {
             assert_eq!(agree(both, true, Transport::Dpdk), Ok(true));
+            assert_eq!(agree(both, true, Transport::Tcp), Ok(true));
             assert_eq!(agree(both, true, Transport::Shm), Ok(false));
             let name = if both[0].security == Aead {
                 "'a'"
             } else {
                 "'b'"
             };
-            for (keyed, transport) in [(false, Transport::Dpdk), (true, Transport::Tcp)] {
-                let reason = agree(both, keyed, transport).unwrap_err();
+            for transport in [Transport::Dpdk, Transport::Tcp] {
+                let reason = agree(both, false, transport).unwrap_err();
                 assert!(reason.contains(name), "{reason}");
             }
         }

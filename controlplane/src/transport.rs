@@ -252,6 +252,7 @@ impl Local {
                     session,
                     token,
                     streams: streams.max(1),
+                    secrets,
                 })
             }
         }

@@ -8,13 +8,14 @@
 //!
 //! In reading order: `engine` (the loop), `lobby` (connections that have not
 //! said who they are), `session` (transfers over connections), `stream`,
-//! `reader` and `writer` (one connection), `frame` (bytes), `socket` (calls).
+//! `reader` and `writer` (one connection), `wire` (bare or sealed), `frame` (bytes), `socket` (calls).
 
 use std::io;
 use std::net::SocketAddr;
 use std::time::Duration;
 
 use genie_proto::SessionId;
+use genie_proto::seal::Secrets;
 use serde::{Deserialize, Serialize};
 
 use crate::endpoint::{Endpoint, Running};
@@ -30,6 +31,7 @@ mod socket;
 mod spin;
 mod stream;
 mod transfers;
+mod wire;
 mod writer;
 
 /// The most connections one session may have.
@@ -73,6 +75,8 @@ pub struct Remote {
     pub token: Token,
     /// How many connections carry the session.
     pub streams: u16,
+    /// What the connections' bytes are sealed with, both ways; none: they are plain.
+    pub secrets: Option<Secrets>,
 }
 
 /// Who connects to whom.

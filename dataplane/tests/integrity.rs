@@ -60,6 +60,7 @@ fn all() -> [(&'static str, End, End); 3] {
         let (running, address) = tcp::spawn(tcp::Config::default()).unwrap();
         end(running, address, |address, session| {
             Remote::Tcp(tcp::Remote {
+                secrets: None,
                 role: if dialled {
                     Role::Dial(address)
                 } else {

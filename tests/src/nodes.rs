@@ -3,14 +3,18 @@
 
 use std::collections::BTreeMap;
 use std::convert::Infallible;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use genie_controlplane::agent::attend;
+use genie_controlplane::identity::authority;
+use genie_controlplane::identity::{CredentialFiles, Credentials, Identity};
 use genie_controlplane::node::{Node, Parts};
 use genie_controlplane::quota::Limits;
 use genie_controlplane::quota::peer::PeerLimits;
+use genie_controlplane::security::DataSecurity;
 use genie_controlplane::session::establish;
 use genie_controlplane::status::SessionStatus;
 use genie_controlplane::transport::{Local, Transport, Transports};
@@ -63,6 +67,8 @@ pub struct Setup {
     pub store_bytes: u64,
     /// Whether they may pass each other memory, too.
     pub shm: bool,
+    /// Whether they have credentials and demand that tensors are sealed.
+    pub sealed: bool,
 }
 
 impl Default for Setup {
@@ -73,6 +79,7 @@ impl Default for Setup {
             stall: Duration::from_secs(30),
             store_bytes: 2 << 30,
             shm: false,
+            sealed: false,
         }
     }
 }
@@ -136,8 +143,19 @@ impl Nodes {
             .expect("a runtime starts");
         let cable = Arc::<Cable>::default();
         let (one, other) = pair(&Options::default());
-        let (b, listen, relay) = runtime.block_on(start("b", other, &cable, setup, None));
-        let (a, ..) = runtime.block_on(start("a", one, &cable, setup, Some(("b", listen))));
+        let pki = setup.sealed.then(|| {
+            let folder = tempfile::tempdir().expect("a folder can be made");
+            authority::init(folder.path()).expect("a new CA");
+            folder
+        });
+        let [of_a, of_b] = ["a", "b"].map(|name| {
+            let folder = pki.as_ref()?.path();
+            Some(Arc::new(certify(folder, name)))
+        });
+        let b = start("b", other, &cable, setup, None, of_b);
+        let (b, listen, relay) = runtime.block_on(b);
+        let a = start("a", one, &cable, setup, Some(("b", listen)), of_a);
+        let (a, ..) = runtime.block_on(a);
         Self {
             a,
             b,
@@ -165,12 +183,24 @@ impl Drop for Nodes {
     }
 }
 
+/// A certificate of the CA in `folder`.
+fn certify(folder: &Path, name: &str) -> Credentials {
+    authority::issue(folder, name, authority::in_days(1)).expect("the CA certifies");
+    let files = CredentialFiles {
+        ca: folder.join("ca.pem"),
+        cert: folder.join(format!("{name}.pem")),
+        key: folder.join(format!("{name}.key")),
+    };
+    Credentials::load(&files, name).expect("what was just made is right")
+}
+
 async fn start(
     name: &str,
     device: PairDevice,
     cable: &Arc<Cable>,
     setup: &Setup,
     peer: Option<(&str, std::net::SocketAddr)>,
+    credentials: Option<Arc<Credentials>>,
 ) -> (Arc<Node>, std::net::SocketAddr, Relay) {
     let any = ([127, 0, 0, 1], 0).into();
     let plugged = Plugged {
@@ -214,7 +244,11 @@ async fn start(
     let node = Node::new(Parts {
         name: name.to_owned(),
         preference: setup.preference.parse().expect("a preference"),
-        data_security: Default::default(),
+        data_security: if setup.sealed {
+            DataSecurity::Aead
+        } else {
+            DataSecurity::Plain
+        },
         liveness: setup.liveness,
         stall: setup.stall,
         transports,
@@ -237,7 +271,7 @@ async fn start(
         socket: "unused".into(),
         warning: None,
         devices: Default::default(),
-        identity: genie_controlplane::identity::Identity::new(None, Default::default()),
+        identity: Identity::new(credentials, Default::default()),
         metrics: Default::default(),
     });
     for attended in attended {

@@ -1,15 +1,37 @@
-//! A port that passes connections on to another, and can cut one of them.
+//! A port that passes connections on to another, and may look and meddle.
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 
 /// Passes connections on; its threads end with them, and with the process.
 #[derive(Clone, Debug)]
 pub struct Relay {
     address: SocketAddr,
-    left: Arc<AtomicU64>,
+    meddling: Arc<Meddling>,
+}
+
+/// What it does beside passing on.
+#[derive(Debug, Default)]
+struct Meddling {
+    cut: Countdown,
+    flip: Countdown,
+    marker: OnceLock<Vec<u8>>,
+    seen: AtomicBool,
+}
+
+/// Bytes until something is done, once. Zero is never; to become zero is now.
+#[derive(Debug, Default)]
+struct Countdown(AtomicU64);
+
+impl Countdown {
+    fn is_over(&self, passing: usize) -> bool {
+        let passing = passing as u64;
+        let take = |left: u64| left.checked_sub(passing).or((left > 0).then_some(0));
+        let before = (self.0).fetch_update(Ordering::SeqCst, Ordering::SeqCst, take);
+        before.is_ok_and(|before| 0 < before && before <= passing)
+    }
 }
 
 impl Relay {
@@ -21,9 +43,9 @@ impl Relay {
         let listener = TcpListener::bind("127.0.0.1:0").expect("loopback is there");
         let relay = Self {
             address: listener.local_addr().expect("it is bound"),
-            left: Arc::default(),
+            meddling: Arc::default(),
         };
-        let left = Arc::clone(&relay.left);
+        let meddling = Arc::clone(&relay.meddling);
         std::thread::spawn(move || {
             for near in listener.incoming() {
                 let ends = near.and_then(|near| Ok((near, TcpStream::connect(target)?)));
@@ -33,9 +55,9 @@ impl Relay {
                     let ends = from
                         .try_clone()
                         .and_then(|from| Ok((from, to.try_clone()?)));
-                    let left = Arc::clone(&left);
+                    let meddling = Arc::clone(&meddling);
                     if let Ok((from, to)) = ends {
-                        std::thread::spawn(move || pass(from, to, &left));
+                        std::thread::spawn(move || meddling.pass(from, to));
                     }
                 }
             }
@@ -51,25 +73,49 @@ impl Relay {
     /// Cuts one connection, whichever it is, once this many more bytes went
     /// over all of them.
     pub fn cut_one_after(&self, bytes: u64) {
-        self.left.store(bytes, Ordering::SeqCst);
+        self.meddling.cut.0.store(bytes, Ordering::SeqCst);
+    }
+
+    /// Changes one bit once this many more bytes went over all connections.
+    pub fn flip_one_after(&self, bytes: u64) {
+        self.meddling.flip.0.store(bytes, Ordering::SeqCst);
+    }
+
+    /// Looks for these bytes in all that passes. They are found if they lie
+    /// within what one read brings, so send them often.
+    pub fn look_for(&self, marker: &[u8]) {
+        let _ = self.meddling.marker.set(marker.to_vec());
+    }
+
+    /// Whether they passed.
+    pub fn has_seen(&self) -> bool {
+        self.meddling.seen.load(Ordering::SeqCst)
     }
 }
 
-/// Passes bytes on until either end closes, or it is this connection's turn
-/// to be cut.
-fn pass(mut from: TcpStream, mut to: TcpStream, left: &AtomicU64) {
-    let mut bytes = vec![0; 64 << 10];
-    while let Ok(len @ 1..) = from.read(&mut bytes) {
-        // Zero is never; to become zero is now.
-        let take = |left: u64| left.checked_sub(len as u64).or((left > 0).then_some(0));
-        let before = left.fetch_update(Ordering::SeqCst, Ordering::SeqCst, take);
-        if before.is_ok_and(|before| 0 < before && before <= len as u64) {
-            break;
+impl Meddling {
+    /// Passes bytes on until either end closes, or it is this connection's turn
+    /// to be cut.
+    fn pass(&self, mut from: TcpStream, mut to: TcpStream) {
+        let mut bytes = vec![0; 64 << 10];
+        while let Ok(len @ 1..) = from.read(&mut bytes) {
+            let passing = &mut bytes[..len];
+            if self.cut.is_over(len) {
+                break;
+            }
+            if self.flip.is_over(len) {
+                passing[len / 2] ^= 1;
+            }
+            if let Some(marker) = self.marker.get()
+                && passing.windows(marker.len()).any(|part| part == marker)
+            {
+                self.seen.store(true, Ordering::SeqCst);
+            }
+            if to.write_all(passing).is_err() {
+                break;
+            }
         }
-        if to.write_all(&bytes[..len]).is_err() {
-            break;
-        }
+        let _ = from.shutdown(Shutdown::Both);
+        let _ = to.shutdown(Shutdown::Both);
     }
-    let _ = from.shutdown(Shutdown::Both);
-    let _ = to.shutdown(Shutdown::Both);
 }

@@ -6,8 +6,14 @@
 
 use std::path::Path;
 
+use genie_client::{Moved, Owner};
 use genie_controlplane::identity::authority;
+use genie_controlplane::tensor::{Dtype, TensorInfo};
+use genie_controlplane::transfer::{self, Progress, Source, TransferError};
+use genie_controlplane::transport::Transport;
+use genie_dataplane::memory::{Backing, Lease, Region};
 use genie_tests::model::{self, Tensor};
+use genie_tests::nodes::{Nodes, Setup};
 use genie_tests::{Agent, GENEROUS, Running, eventually, genie_command};
 use serde_json::Value;
 
@@ -57,12 +63,13 @@ fn device(folder: &Path) -> Option<String> {
     Some(device)
 }
 
-/// What the DPDK engine says of its only session.
-fn engine_session(agent: &Agent) -> Option<Value> {
+/// What the engine of a transport says of its only session.
+fn engine_session(agent: &Agent, transport: &str) -> Option<Value> {
     let status = agent.status();
     let transports = status["transports"].as_array().expect("a list");
-    let dpdk = transports.iter().find(|one| one["transport"] == "dpdk")?;
-    let sessions = dpdk["engine"]["sessions"].as_array()?;
+    let of_it = |one: &&Value| one["transport"].as_str().unwrap().starts_with(transport);
+    let found = transports.iter().find(of_it)?;
+    let sessions = found["engine"]["sessions"].as_array()?;
     sessions.first().cloned()
 }
 
@@ -76,35 +83,37 @@ fn tensors() -> (Vec<Tensor>, u64) {
 }
 
 /// A model goes there and back; whichever end demands it, both seal.
-fn moves_sealed(of_a: &[&str], of_b: &[&str]) {
-    let folder = tempfile::tempdir().unwrap();
-    let at = folder.path();
-    let Some(device) = device(at) else { return };
+///
+/// `copies` are what each end then makes of a byte: into private memory and out
+/// of it, at the receiving end of packets.
+fn moves_sealed(common: &[&str], at: &Path, of_a: &[&str], of_b: &[&str], copies: [u64; 2]) {
     certify(at);
-    let common = ["--transport=dpdk,tcp", "--liveness=2s", &device];
-    let b = start(at, "b", &[&common[..], of_b].concat());
+    let b = start(at, "b", &[common, of_b].concat());
     let peer = b.as_peer();
-    let a = start(at, "a", &[&common[..], of_a, &[&peer]].concat());
+    let a = start(at, "a", &[common, of_a, &[&peer]].concat());
     let (file, back) = (at.join("m.safetensors"), at.join("out.safetensors"));
     let (tensors, bytes) = tensors();
     model::write(&file, &tensors, &[("format", "pt")]);
     let put = a.json(&["put", file.to_str().unwrap(), "b:model"]);
     let got = a.json(&["get", "b:model", back.to_str().unwrap()]);
     assert_eq!(model::read(&back), model::read(&file));
+    let transport = &common[0]["--transport=".len()..][..3];
     for moved in [&put, &got] {
         assert_eq!(moved["bytes"], bytes, "{moved}");
         let path = moved["path"].as_str().unwrap();
-        assert!(path.starts_with("dpdk:"), "{moved}");
-        // Into private memory and out of it, at the receiving end.
-        assert_eq!(moved["received_copies"]["genie"], 2 * bytes, "{moved}");
+        assert!(path.starts_with(transport), "{moved}");
+        let [sent, received] = copies.map(|copies| copies * bytes);
+        assert_eq!(moved["received_copies"]["genie"], received, "{moved}");
         assert!(
-            moved["sent_copies"]["genie"].as_u64() >= Some(bytes),
+            moved["sent_copies"]["genie"].as_u64() >= Some(sent),
             "{moved}"
         );
     }
     for agent in [&a, &b] {
         assert_eq!(agent.status()["sessions"][0]["sealed"], true);
-        let session = eventually("the engine shows its session", || engine_session(agent));
+        let session = eventually("the engine shows its session", || {
+            engine_session(agent, transport)
+        });
         let clean = serde_json::json!({"forged": 0, "replayed": 0, "old_epoch": 0});
         assert_eq!(session["sealed"], clean);
         let shown = agent.genie(&["status"]).stdout;
@@ -112,14 +121,106 @@ fn moves_sealed(of_a: &[&str], of_b: &[&str]) {
     }
 }
 
+fn moves_sealed_packets(of_a: &[&str], of_b: &[&str]) {
+    let folder = tempfile::tempdir().unwrap();
+    let at = folder.path();
+    let Some(device) = device(at) else { return };
+    let common = ["--transport=dpdk,tcp", "--liveness=2s", &device];
+    moves_sealed(&common, at, of_a, of_b, [1, 2]);
+}
+
 #[test]
 fn the_dialler_demands_it() {
-    moves_sealed(&[SEALED], &[]);
+    moves_sealed_packets(&[SEALED], &[]);
 }
 
 #[test]
 fn the_acceptor_demands_it() {
-    moves_sealed(&[], &[SEALED]);
+    moves_sealed_packets(&[], &[SEALED]);
+}
+
+#[test]
+fn tcp_connections_are_sealed_whichever_end_demands_it() {
+    for ends in [[&[SEALED][..], &[]], [&[], &[SEALED]]] {
+        let folder = tempfile::tempdir().unwrap();
+        let common = ["--transport=tcp", "--liveness=10s"];
+        moves_sealed(&common, folder.path(), ends[0], ends[1], [1, 1]);
+    }
+}
+
+/// Puts a tensor of nothing but the marker; says whether it could be read on
+/// the way.
+fn is_readable_on_its_way(sealed: bool) -> bool {
+    const MARKER: &[u8] = b"read me on my way, again and again. ";
+    let nodes = tcp_nodes(sealed);
+    nodes.relay.look_for(MARKER);
+    let bytes = MARKER.repeat(100_000);
+    put(&nodes, &bytes).expect("it arrives");
+    nodes.relay.has_seen()
+}
+
+#[test]
+fn nothing_of_a_tensor_can_be_read_on_its_way() {
+    assert!(is_readable_on_its_way(false), "the relay sees nothing");
+    assert!(!is_readable_on_its_way(true));
+}
+
+#[test]
+fn what_is_changed_on_its_way_is_never_taken_and_sent_again() {
+    let nodes = tcp_nodes(true);
+    let bytes: Vec<u8> = (0..96u32 << 20)
+        .map(|at| (at >> 3) as u8 ^ at as u8)
+        .collect();
+    nodes.relay.flip_one_after(bytes.len() as u64 / 2);
+    let moved = put(&nodes, &bytes).expect("it goes on over new connections");
+    assert_eq!(
+        (moved.path.as_str(), moved.bytes),
+        ("tcp", bytes.len() as u64)
+    );
+    let reader = Owner::Peer("a".to_owned());
+    let stored = nodes.b.store.tensor("m/x", &reader).unwrap();
+    let mut arrived = vec![0; bytes.len()];
+    stored.lease.host().unwrap().read_at(0, &mut arrived);
+    assert!(arrived == bytes);
+    // Whichever end read the bit noticed it.
+    let forged = [&nodes.a, &nodes.b].map(|node| {
+        let engine = node.transports.engine(Transport::Tcp).unwrap();
+        engine.status.snapshot().sealed.forged
+    });
+    assert_eq!(forged.iter().sum::<u64>(), 1, "{forged:?}");
+    let change = &Nodes::session(&nodes.a).unwrap().changes[0];
+    assert_eq!((change.from.as_str(), change.to.as_str()), ("tcp", "tcp"));
+}
+
+/// Two agents in this process, with a relay before the data port of `b`.
+fn tcp_nodes(sealed: bool) -> Nodes {
+    Nodes::start(&Setup {
+        preference: "tcp",
+        liveness: GENEROUS,
+        sealed,
+        ..Setup::default()
+    })
+}
+
+fn put(nodes: &Nodes, bytes: &[u8]) -> Result<Moved, TransferError> {
+    let region = Region::with_backing(bytes.len(), Backing::Shmem).unwrap();
+    let lease = Lease::new(region, 0, bytes.len() as u64).unwrap();
+    lease.write_at(0, bytes.into());
+    let info = TensorInfo {
+        name: "x".to_owned(),
+        dtype: Dtype::U8,
+        shape: vec![bytes.len() as u64],
+    };
+    let source = Source {
+        info,
+        lease: lease.into(),
+    };
+    nodes.runtime.block_on(async {
+        let session = nodes.a.session("b").await?;
+        let progress = Progress::default();
+        let to = Default::default();
+        transfer::put(&session, "m", vec![source], None, to, None, &progress).await
+    })
 }
 
 #[test]
@@ -134,27 +235,6 @@ fn without_it_packets_are_plain() {
     assert!(a.genie(&["ls", "b"]).status.success());
     for agent in [&a, &b] {
         assert_eq!(agent.status()["sessions"][0]["sealed"], false);
-    }
-}
-
-/// An end that demands sealed data takes no path that is not, whoever dials.
-#[test]
-fn tcp_is_refused_by_the_end_that_demands_it() {
-    for (of_a, of_b, name) in [(SEALED, "", "a"), ("", SEALED, "b")] {
-        let folder = tempfile::tempdir().unwrap();
-        let at = folder.path();
-        certify(at);
-        let flags = |more| {
-            let mut flags = vec!["--transport=tcp", "--liveness=10s"];
-            flags.extend(Some(more).filter(|more: &&str| !more.is_empty()));
-            flags
-        };
-        let b = start(at, "b", &flags(of_b));
-        let peer = b.as_peer();
-        let a = start(at, "a", &[&flags(of_a)[..], &[&peer]].concat());
-        let reason = format!("tcp: node '{name}' demands sealed data (--data-security aead)");
-        a.genie(&["ls", "b"]).assert_fails_with(&reason);
-        assert_eq!(b.status()["sessions"].as_array().unwrap().len(), 0);
     }
 }
 

@@ -131,6 +131,7 @@ async fn connect(accelerator: &Arc<dyn Accelerator>, config: Config) -> Result<(
     let ids = (a.new_session(1), b.new_session(2));
     let remote = |role, session| {
         Remote::Tcp(tcp::Remote {
+            secrets: None,
             role,
             session,
             token: Token([7; 16]),

@@ -333,14 +333,14 @@ impl BenchArgs {
         {
             return Err(BenchError::Usage("--rate: write a number above 0".into()));
         }
-        let on_a_device = |kind: &Kind| matches!(kind, Kind::Dpdk | Kind::Mem);
-        let devices = self.transport.is_empty() || self.transport.iter().any(on_a_device);
+        let is_sealed = |kind: &Kind| *kind != Kind::Shm;
+        let sealable = self.transport.is_empty() || self.transport.iter().any(is_sealed);
         let sealed = self.data_security.contains(&DataSecurity::Aead);
         let one_sided = self.op.contains(&Op::Read) || self.op.contains(&Op::Write);
-        if sealed && (!devices || one_sided || self.only_agents()) {
+        if sealed && (!sealable || one_sided || self.only_agents()) {
             return Err(BenchError::Usage(
-                "--data-security aead is measured between engines over devices: \
-                 --transport dpdk, or mem with --in-process"
+                "--data-security aead is measured between engines: --transport tcp, dpdk, or \
+                 mem with --in-process"
                     .into(),
             ));
         }

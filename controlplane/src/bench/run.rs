@@ -247,11 +247,11 @@ impl<'a> Bench<'a> {
         ways
     }
 
-    /// What a carrier's packets are measured with.
+    /// What a carrier is measured with.
     fn securities(&self, kind: Kind) -> &[DataSecurity] {
         match kind {
-            Kind::Dpdk | Kind::Mem => &self.args.data_security,
-            Kind::Tcp | Kind::Shm => &[DataSecurity::Plain],
+            Kind::Dpdk | Kind::Mem | Kind::Tcp => &self.args.data_security,
+            Kind::Shm => &[DataSecurity::Plain],
         }
     }
 

@@ -57,7 +57,7 @@ pub(super) fn engines(page: &mut Page, transports: &[TransportStatus]) {
     }
     page.counter(
         "genie_sealed_dropped_total",
-        "Packets of sealed sessions dropped because they were not the peer's, by cause.",
+        "What came in sealed sessions and was not the peer's, by cause: packets, or records of a TCP connection, which end it.",
     );
     for (path, engine) in &engines {
         for (cause, packets) in [

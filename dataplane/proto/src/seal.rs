@@ -1,4 +1,4 @@
-//! Sealed packets: encrypted and authenticated, each accepted once.
+//! Sealed packets: encrypted and authenticated, each accepted once. For streams: [`Records`].
 //!
 //! AES-128-GCM (RFC 5116) with the packet number as nonce, as in RFC 9001
 //! section 5.3. What stays readable is the header up to its header check; it is
@@ -23,6 +23,8 @@
 //! out nothing of a packet that is not authentic, or that it gave out before.
 //! An engine owns one of each for a path, and calls them for every packet.
 
+mod records;
+
 use std::fmt;
 
 use ring::aead::{self, Aad, LessSafeKey, Nonce, UnboundKey};
@@ -32,6 +34,8 @@ use serde::{Deserialize, Serialize};
 use crate::connection::DropCause;
 use crate::replay::{Replay, ReplayWindow, WINDOW};
 use crate::wire::{HEADER_LEN, PLAIN_LEN, peek_number};
+
+pub use records::Records;
 
 /// Bytes of the tag behind a sealed packet.
 pub const TAG_LEN: usize = 16;

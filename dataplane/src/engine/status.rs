@@ -39,7 +39,7 @@ pub struct Snapshot {
     pub received_bytes: u64,
     /// Packets or frames dropped because they were bad, by nobody's session.
     pub dropped: u64,
-    /// Packets that were not the peer's, of all sealed sessions so far.
+    /// Packets or records that were not the peer's, of all sealed sessions so far.
     pub sealed: SealedSnapshot,
     /// Segments sent again by all sessions so far, by cause; none where the
     /// kernel does that.
@@ -132,13 +132,14 @@ pub struct SessionSnapshot {
     pub resent: Option<ResentSnapshot>,
     /// Packets dropped, all causes.
     pub dropped: u64,
-    /// What was found not to be the peer's; none where packets are not sealed.
+    /// What was found not to be the peer's; none where nothing is sealed. A
+    /// record of a connection that is not ends the session.
     pub sealed: Option<SealedSnapshot>,
     /// Transfers under way.
     pub transfers: u64,
 }
 
-/// Packets of a sealed session that were dropped because they were not the peer's.
+/// Packets or records of a sealed session that were not the peer's.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SealedSnapshot {
     /// Made by somebody without the keys, or changed on the way.

@@ -47,6 +47,8 @@ pub(crate) struct Totals {
     pub(crate) received_bytes: u64,
     /// Frames and connections that were refused or forgotten.
     pub(crate) dropped: u64,
+    /// Sealed records that were not the peer's; each ended its session.
+    pub(crate) forged: u64,
 }
 
 /// Bytes of payload that can be read and forgotten with one call.

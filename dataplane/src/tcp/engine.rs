@@ -426,6 +426,7 @@ impl Engine {
             snapshot.sent_bytes = totals.sent_bytes;
             snapshot.received_bytes = totals.received_bytes;
             snapshot.dropped = totals.dropped;
+            snapshot.sealed.forged = totals.forged;
             snapshot.sessions.clear();
             snapshot
                 .sessions

@@ -4,12 +4,12 @@
 #![forbid(unsafe_code)]
 
 use std::io;
-use std::net::TcpStream;
 
 use genie_proto::Integrity;
 
 use super::frame::{HEADER_LEN, Header, Kind, Malformed};
 use super::socket::Scatter;
+use super::wire::Wire;
 use crate::memory::Lease;
 
 /// The reading half of a connection.
@@ -52,7 +52,8 @@ pub(crate) enum Outcome {
     Bytes {
         /// How many.
         received: usize,
-        /// Fewer than there was room for: that was all.
+        /// Fewer than there was room for: that was all. Of a sealed
+        /// connection it may only have been the end of a record.
         drained: bool,
     },
     /// Nothing is there.
@@ -73,7 +74,7 @@ impl Default for Reader {
 
 impl Reader {
     /// Reads once. Take [`Reader::next_item`] until it is empty before the next.
-    pub(crate) fn read(&mut self, socket: &TcpStream, scratch: &mut [u8]) -> io::Result<Outcome> {
+    pub(crate) fn read(&mut self, wire: &mut Wire, scratch: &mut [u8]) -> io::Result<Outcome> {
         let two = self.payload.as_ref().is_some_and(Payload::awaits_sum);
         let head_max = if two { 2 * HEADER_LEN } else { HEADER_LEN };
         let head = &mut self.head[self.head_len..head_max];
@@ -96,7 +97,7 @@ impl Reader {
             None => scatter.push(head),
         }
         let room = scatter.len();
-        let received = match scatter.receive(socket) {
+        let received = match wire.receive(&mut scatter) {
             Ok(0) => return Ok(Outcome::EndOfStream),
             Ok(received) => received,
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
@@ -115,7 +116,7 @@ impl Reader {
             payload.done += of_payload;
         }
         self.head_len += received - of_payload;
-        let drained = received < room;
+        let drained = received < room && !wire.is_sealed();
         Ok(Outcome::Bytes { received, drained })
     }
 

@@ -24,6 +24,7 @@ use super::frame::{Header, Hello, Kind, Reason, Verdict};
 use super::socket;
 use super::stream::{Greeting, Stage, Stream};
 use super::transfers::{Incoming, Outgoing};
+use super::wire::Wire;
 use super::writer::Chunk;
 use super::{Remote, Role, STREAMS_MAX};
 use crate::engine::{
@@ -116,7 +117,8 @@ impl Session {
             let socket =
                 socket::connect(address).map_err(|error| refused_connection(address, &error))?;
             let key = context.stream_key(self.id, index);
-            let stream = place.insert(Stream::dialling(socket, key, context.now));
+            let wire = Wire::new(socket, self.remote.secrets.as_ref(), index as u16);
+            let stream = place.insert(Stream::dialling(wire, key, context.now));
             stream.arm(&context.epoll, false).map_err(io_error)?;
         }
         Ok(())
@@ -143,7 +145,8 @@ impl Session {
     ) -> Result<(), Ended> {
         let index = usize::from(hello.stream);
         let key = context.stream_key(self.id, index);
-        let mut stream = Stream::accepted(socket, key, context.now);
+        let wire = Wire::new(socket, self.remote.secrets.as_ref(), hello.stream);
+        let mut stream = Stream::accepted(wire, key, context.now);
         stream
             .greet(&self.hello(index))
             .map_err(|error| lost_connection(&error))?;
@@ -168,17 +171,17 @@ impl Session {
         match &mut stream.stage {
             Stage::Up => return Ok(()),
             Stage::Connecting => {
-                if let Some(error) = stream.socket.take_error().map_err(io_error)? {
+                if let Some(error) = stream.wire.socket().take_error().map_err(io_error)? {
                     return Err(refused_connection(address, &error));
                 }
-                context.configure(&stream.socket).map_err(io_error)?;
+                context.configure(stream.wire.socket()).map_err(io_error)?;
                 stream
                     .greet(&hello)
                     .map_err(|error| lost_connection(&error))?;
                 stream.stage = Stage::Greeting(Greeting::new());
             }
             Stage::Greeting(greeting) => {
-                let answer = match greeting.read(&stream.socket) {
+                let answer = match greeting.read(stream.wire.socket()) {
                     Ok(None) => return Ok(()),
                     Ok(Some(Ok(answer))) => answer,
                     Ok(Some(Err(malformed))) => {
@@ -231,7 +234,8 @@ impl Session {
             drop(into);
             return context.fail(operation, refused("the id is in use"));
         }
-        match Incoming::new(operation, into, resume) {
+        let sealed = self.remote.secrets.is_some();
+        match Incoming::new(operation, into, resume, sealed) {
             Ok(incoming) => drop(self.incoming.insert(transfer, incoming)),
             Err(error) => context.fail(operation, refused(&error.to_string())),
         }
@@ -251,8 +255,9 @@ impl Session {
             drop(from);
             return context.fail(operation, refused("the id is in use"));
         }
-        self.outgoing
-            .insert(transfer, Outgoing::new(operation, from, resume));
+        let sealed = self.remote.secrets.is_some();
+        let outgoing = Outgoing::new(operation, from, resume, sealed);
+        self.outgoing.insert(transfer, outgoing);
         self.sendable.push_back(transfer);
     }
 
@@ -351,7 +356,7 @@ impl Session {
                     stream.writer.take_sum_and_control();
                 }
                 let outgoing = &mut self.outgoing;
-                let flushed = stream.writer.flush(&stream.socket, |chunk| {
+                let flushed = stream.writer.flush(&mut stream.wire, |chunk| {
                     record(outgoing, chunk);
                 });
                 if !matches!(flushed, Ok(Some(_))) {
@@ -431,7 +436,8 @@ impl Session {
             retransmits: 0,
             resent: None,
             dropped: self.dropped,
-            sealed: None,
+            // One that is not the peer's ends the session: the engine counts.
+            sealed: self.remote.secrets.is_some().then(Default::default),
             transfers: (self.incoming.len() + self.outgoing.len()) as u64,
         }
     }

@@ -73,6 +73,22 @@ impl<'a> Gather<'a> {
         self.vectors.remaining_capacity() >= 2
     }
 
+    /// Copies as much as there is room for, from the beginning; returns how much.
+    pub(crate) fn copy_to(&self, into: &mut [u8]) -> usize {
+        let mut copied = 0;
+        for vector in &self.vectors {
+            let len = vector.iov_len.min(into.len() - copied);
+            let target = into[copied..copied + len].as_mut_ptr();
+            // SAFETY: the vector covers memory that is readable while `self`
+            // borrows its source, `target` has room for `len` bytes and is private,
+            // so the two do not overlap. No reference to the source is made: bytes that
+            // another process changes meanwhile make the checksum differ.
+            unsafe { std::ptr::copy_nonoverlapping(vector.iov_base.cast(), target, len) };
+            copied += len;
+        }
+        copied
+    }
+
     /// Sends as much as the socket takes.
     pub(crate) fn send(&self, socket: &TcpStream) -> io::Result<usize> {
         // SAFETY: `msghdr` is a C structure for which all zeros is a valid value.
@@ -123,6 +139,20 @@ impl<'a> Scatter<'a> {
     /// Bytes there is room for.
     pub(crate) fn len(&self) -> usize {
         self.vectors.iter().map(|vector| vector.iov_len).sum()
+    }
+
+    /// Fills with as many of `bytes` as there is room for; returns how many.
+    pub(crate) fn fill(&mut self, bytes: &[u8]) -> usize {
+        let mut copied = 0;
+        for vector in &self.vectors {
+            let len = vector.iov_len.min(bytes.len() - copied);
+            let from = bytes[copied..copied + len].as_ptr();
+            // SAFETY: the vector covers memory that is writable while `self` borrows
+            // its target, to which no reference exists anywhere; `from` is private.
+            unsafe { std::ptr::copy_nonoverlapping(from, vector.iov_base.cast(), len) };
+            copied += len;
+        }
+        copied
     }
 
     /// Receives what is there; zero bytes mean that the peer will send no more.

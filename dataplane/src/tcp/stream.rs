@@ -13,13 +13,14 @@ use rustix::event::epoll::{self, EventData, EventFlags};
 use super::frame::{HELLO_LEN, Header, Hello, Kind, Malformed};
 use super::reader::Reader;
 use super::socket;
+use super::wire::Wire;
 use super::writer::Writer;
 
 /// One connection of a session.
 #[derive(Debug)]
 pub(crate) struct Stream {
-    /// The socket.
-    pub(crate) socket: TcpStream,
+    /// The socket, and how what is read and written crosses it.
+    pub(crate) wire: Wire,
     /// How far it is.
     pub(crate) stage: Stage,
     /// What is being read.
@@ -70,9 +71,9 @@ struct Ping {
 
 impl Stream {
     /// A connection that is being dialled.
-    pub(crate) fn dialling(socket: TcpStream, key: u64, now: Instant) -> Self {
+    pub(crate) fn dialling(wire: Wire, key: u64, now: Instant) -> Self {
         Self {
-            socket,
+            wire,
             stage: Stage::Connecting,
             reader: Reader::default(),
             writer: Writer::default(),
@@ -87,17 +88,17 @@ impl Stream {
     }
 
     /// A connection that was accepted and whose HELLO was read.
-    pub(crate) fn accepted(socket: TcpStream, key: u64, now: Instant) -> Self {
+    pub(crate) fn accepted(wire: Wire, key: u64, now: Instant) -> Self {
         Self {
             stage: Stage::Up,
-            ..Self::dialling(socket, key, now)
+            ..Self::dialling(wire, key, now)
         }
     }
 
-    /// Sends our HELLO, the first bytes of the stream.
+    /// Sends our HELLO, the first bytes of the stream, which are never sealed.
     pub(crate) fn greet(&mut self, hello: &Hello) -> io::Result<()> {
         // A new socket has room for it.
-        self.socket.write_all(&hello.encode())
+        self.wire.socket().write_all(&hello.encode())
     }
 
     /// Tells epoll what to report: always input, output if `writable` is wanted.
@@ -112,8 +113,8 @@ impl Stream {
         }
         let data = EventData::new_u64(self.key);
         match self.interest {
-            None => epoll::add(epoll, &self.socket, data, wanted)?,
-            Some(_) => epoll::modify(epoll, &self.socket, data, wanted)?,
+            None => epoll::add(epoll, self.wire.socket(), data, wanted)?,
+            Some(_) => epoll::modify(epoll, self.wire.socket(), data, wanted)?,
         }
         self.interest = Some(wanted);
         Ok(())
@@ -147,7 +148,7 @@ impl Stream {
     pub(crate) fn check_alive(&mut self, now: Instant, liveness: Duration, clock: u64) -> bool {
         let written = self.writer.written();
         let acknowledged = written
-            .saturating_sub(socket::unacknowledged(&self.socket))
+            .saturating_sub(socket::unacknowledged(self.wire.socket()))
             .max(self.acknowledged);
         let ping_arrived = self
             .ping

@@ -31,6 +31,8 @@ struct Before {
     bytes: u64,
     /// What that had taken.
     cost: Cost,
+    /// Whether this path seals what it carries.
+    sealed: bool,
 }
 
 /// A transfer that we send.
@@ -54,10 +56,13 @@ pub(crate) struct Outgoing {
 
 impl Before {
     /// What `bytes` that moved in all have taken: here the kernel copied each
-    /// once at this end, between the tensor and its buffers.
+    /// once at this end, between the tensor and its buffers, or, where records
+    /// are sealed, between these and private memory, which we copy to or from.
     fn cost(self, bytes: u64) -> Cost {
+        let moved = bytes.saturating_sub(self.bytes);
         let copies = Copies {
-            kernel: bytes.saturating_sub(self.bytes),
+            kernel: moved,
+            genie: if self.sealed { moved } else { 0 },
             ..Copies::default()
         };
         self.cost.plus(Cost {
@@ -73,6 +78,7 @@ impl Incoming {
         operation: OperationId,
         into: Lease,
         resume: Option<Box<Partial<genie_proto::Incoming>>>,
+        sealed: bool,
     ) -> Result<Self, OutOfMemory> {
         let (applied, cost) = match resume {
             None => (
@@ -87,7 +93,11 @@ impl Incoming {
             into,
             applied,
             done: None,
-            before: Before { bytes, cost },
+            before: Before {
+                bytes,
+                cost,
+                sealed,
+            },
         })
     }
 
@@ -110,6 +120,7 @@ impl Outgoing {
         operation: OperationId,
         from: Lease,
         resume: Option<Box<Partial<genie_proto::Outgoing>>>,
+        sealed: bool,
     ) -> Self {
         let whole = resume.is_none() && from.len() <= CHUNK_MAX as usize;
         let (sent, cost) = match resume {
@@ -127,7 +138,11 @@ impl Outgoing {
             writing: 0,
             failed: None,
             sent,
-            before: Before { bytes, cost },
+            before: Before {
+                bytes,
+                cost,
+                sealed,
+            },
             whole,
             empty,
         }

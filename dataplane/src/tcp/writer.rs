@@ -5,7 +5,6 @@
 
 use std::collections::VecDeque;
 use std::io;
-use std::net::TcpStream;
 use std::ops::Range;
 
 use arrayvec::ArrayVec;
@@ -14,6 +13,7 @@ use genie_proto::{Integrity, TransferId};
 
 use super::frame::{HEADER_LEN, Header, Kind};
 use super::socket::Gather;
+use super::wire::Wire;
 use crate::memory::Lease;
 
 /// Frames written with one call; two I/O vectors each.
@@ -167,10 +167,10 @@ impl Writer {
     /// `finished` is given every chunk that the kernel has whole, and with it its lease.
     pub(crate) fn flush(
         &mut self,
-        socket: &TcpStream,
+        wire: &mut Wire,
         mut finished: impl FnMut(&mut Chunk),
     ) -> io::Result<Option<usize>> {
-        let sent = match self.gather().send(socket) {
+        let sent = match wire.send(&self.gather()) {
             Ok(sent) => sent,
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(None),
             Err(error) if error.kind() == io::ErrorKind::Interrupted => return Ok(Some(0)),

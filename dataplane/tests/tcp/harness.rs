@@ -14,6 +14,7 @@ use genie_dataplane::engine::{FailReason, OpenError, Receipt, Remote, Status};
 use genie_dataplane::memory::{Backing, Lease, Region};
 use genie_dataplane::tcp::{self, Config, Role, Token};
 use genie_dataplane::{SessionId, TransferId};
+use genie_proto::seal::{Secret, Secrets};
 
 pub(crate) const TOKEN: Token = Token(*b"0123456789abcdef");
 
@@ -22,6 +23,8 @@ pub(crate) struct Engine {
     pub(crate) endpoint: Endpoint,
     pub(crate) status: Status,
     pub(crate) address: SocketAddr,
+    /// What the sessions are sealed with that it opens.
+    pub(crate) secrets: Option<Secrets>,
     lost: tokio::sync::mpsc::UnboundedReceiver<Lost>,
     threads: Vec<JoinHandle<()>>,
 }
@@ -42,6 +45,7 @@ impl Engine {
             endpoint: running.endpoint,
             status: running.status,
             address,
+            secrets: None,
             lost: running.lost,
             threads: vec![running.thread, dispatcher],
         }
@@ -68,6 +72,7 @@ impl Engine {
             session: theirs,
             token: TOKEN,
             streams,
+            secrets: self.secrets.clone(),
         };
         block_on(self.endpoint.open(id, Remote::Tcp(remote)))
     }
@@ -123,6 +128,14 @@ impl Link {
         Self { a, b, ids }
     }
 
+    /// Between engines that seal what they send.
+    pub(crate) fn sealed(streams: u16) -> Self {
+        let [mut a, mut b] = [Engine::patient(), Engine::patient()];
+        a.secrets = Some(secrets());
+        b.secrets = Some(secrets().of_the_other_end());
+        Self::between(a, b, streams)
+    }
+
     /// Moves `from` from `a` to `b` into `into`; the answers of both ends.
     pub(crate) fn try_move(
         &self,
@@ -145,13 +158,23 @@ impl Link {
             (sent.bytes, received.bytes),
             (from.len() as u64, from.len() as u64)
         );
-        assert_eq!((sent.copies.genie, received.copies.genie), (0, 0));
+        // Sealed, it is copied to private memory and out of it.
+        let own = self.a.secrets.is_some() as u64 * from.len() as u64;
+        assert_eq!((sent.copies.genie, received.copies.genie), (own, own));
         assert_eq!(bytes(from), bytes(&into));
     }
 
     pub(crate) fn stop(self) {
         self.a.stop();
         self.b.stop();
+    }
+}
+
+/// What the end that dials seals with.
+pub(crate) fn secrets() -> Secrets {
+    Secrets {
+        send: Secret([1; 32]),
+        receive: Secret([2; 32]),
     }
 }
 

@@ -3,4 +3,5 @@
 mod faults;
 mod harness;
 mod lies;
+mod sealed;
 mod transfer;

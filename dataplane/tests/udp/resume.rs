@@ -55,6 +55,7 @@ impl Ends {
         let ids = (from.new_session(1), to.new_session(2));
         let remote = |role, session| {
             Remote::Tcp(tcp::Remote {
+                secrets: None,
                 role,
                 session,
                 token: Token([7; 16]),

@@ -2,6 +2,7 @@
 
 #![forbid(unsafe_code)]
 
+use std::io;
 use std::time::Duration;
 
 use genie_proto::transfer::{Check, Refusal};
@@ -78,16 +79,18 @@ impl Session {
                     Item::Header(header) => self.handle_frame(index, header, context)?,
                 }
             }
-            if turn.bytes == 0 || turn.calls == 0 {
-                break;
-            }
             let Some(stream) = &mut self.streams[index] else {
                 break;
             };
-            let outcome = stream
-                .reader
-                .read(&stream.socket, &mut context.scratch)
-                .map_err(|error| lost_connection(&error))?;
+            // Of what was opened already epoll would not tell.
+            if (turn.bytes == 0 || turn.calls == 0) && !stream.wire.has_opened() {
+                break;
+            }
+            let read = stream.reader.read(&mut stream.wire, &mut context.scratch);
+            let outcome = read.map_err(|error| {
+                context.totals.forged += u64::from(error.kind() == io::ErrorKind::InvalidData);
+                lost_connection(&error)
+            })?;
             match outcome {
                 Outcome::Blocked => break,
                 Outcome::EndOfStream => {
@@ -98,7 +101,7 @@ impl Session {
                     stream.heard(context.now);
                     stream.reader.sum_up(self.integrity);
                     turn.bytes = turn.bytes.saturating_sub(received);
-                    turn.calls -= 1;
+                    turn.calls = turn.calls.saturating_sub(1);
                     if drained {
                         // Asking again would only be told so; epoll tells
                         // when there is more.

@@ -100,8 +100,10 @@ impl Session {
         let (outgoing, totals) = (&mut self.outgoing, &mut context.totals);
         let (moved_at, now) = (&mut self.moved_at, context.now);
         let mut given_up = ArrayVec::<TransferId, FRAMES_MAX>::new();
-        let flushed = stream.writer.flush(&stream.socket, |chunk| {
+        let sealed = stream.wire.is_sealed();
+        let flushed = stream.writer.flush(&mut stream.wire, |chunk| {
             totals.copies.kernel += chunk.piece.len;
+            totals.copies.genie += if sealed { chunk.piece.len } else { 0 };
             totals.sent_bytes += chunk.piece.len;
             *moved_at = now;
             record(outgoing, chunk);
