@@ -192,6 +192,28 @@ fn what_is_changed_on_its_way_is_never_taken_and_sent_again() {
     assert_eq!((change.from.as_str(), change.to.as_str()), ("tcp", "tcp"));
 }
 
+#[test]
+fn a_session_that_loses_its_device_goes_on_over_sealed_connections() {
+    let nodes = Nodes::start(&Setup {
+        sealed: true,
+        ..Setup::default()
+    });
+    let bytes: Vec<u8> = (0..96u32 << 20).map(|at| (at >> 5) as u8).collect();
+    nodes.runtime.block_on(nodes.a.session("b")).unwrap();
+    nodes.cable.cut_after(3000);
+    let moved = put(&nodes, &bytes).expect("it goes on");
+    assert!(nodes.cable.is_cut());
+    assert_eq!(
+        (moved.path.as_str(), moved.bytes),
+        ("tcp", bytes.len() as u64)
+    );
+    let session = Nodes::session(&nodes.a).unwrap();
+    assert!(
+        session.sealed && session.changes[0].from.starts_with("dpdk:"),
+        "{session:?}"
+    );
+}
+
 /// Two agents in this process, with a relay before the data port of `b`.
 fn tcp_nodes(sealed: bool) -> Nodes {
     Nodes::start(&Setup {

@@ -499,10 +499,10 @@ mod tests {
             ("--spawn --transport mem", "--in-process"),
             ("--spawn --rate 0", "above 0"),
             (
-                "--spawn --transport tcp --data-security aead",
-                "over devices",
+                "--spawn --transport shm --data-security aead",
+                "between engines",
             ),
-            ("--node b --data-security aead", "over devices"),
+            ("--node b --data-security aead", "between engines"),
             ("--spawn --data-security tls", "plain or aead"),
             ("--spawn --in-process", "cannot be used with"),
             ("--quick", "required"),
