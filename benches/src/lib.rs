@@ -8,3 +8,4 @@
 
 pub mod emulator;
 pub mod null_pair;
+pub mod polled_pair;

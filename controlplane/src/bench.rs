@@ -29,6 +29,7 @@ pub mod message;
 pub mod other;
 pub mod peer;
 pub mod plan;
+pub mod polled;
 pub mod pool;
 pub mod report;
 pub mod run;

@@ -1,6 +1,7 @@
 //! What the two processes of a benchmark say to each other.
 
 use genie_client::Memory;
+use genie_dataplane::engine::udp;
 use genie_dataplane::ledger::Copies;
 use genie_dataplane::{Integrity, Secrets, SessionId, TransferId};
 use serde::{Deserialize, Serialize};
@@ -85,6 +86,20 @@ pub enum Request {
         /// The pair's socket.
         device: String,
     },
+    /// Send offers back, with an engine of the peer's own thread;
+    /// [`Reply::Polled`], and [`Reply::Driver`] at the end.
+    PolledPong {
+        /// The pair's socket.
+        device: String,
+        /// Where the measuring process's engine is.
+        local: udp::Local,
+        /// What it calls the session.
+        session: SessionId,
+        /// Bytes of a block.
+        block_size: u64,
+        /// Whether blocks are under checksums.
+        integrity: Integrity,
+    },
     /// The end.
     Bye,
 }
@@ -125,6 +140,8 @@ pub enum Reply {
     Ready,
     /// The driver of the end that sent frames back.
     Driver(String),
+    /// An engine that its own thread drives, and its name of the session.
+    Polled(udp::Local, SessionId),
     /// What became of bare frames.
     Frames(Received),
 }

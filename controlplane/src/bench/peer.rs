@@ -17,11 +17,12 @@ use super::channel::Channel;
 use super::environment::cpu_time;
 use super::genie::open_path;
 use super::message::{Reply, Request, Usage};
+use super::polled::End;
 use super::pool::{Layout, Pool};
 use super::window::Window;
 
 /// What must be equal at both ends.
-pub const VERSION: &str = concat!("genie bench 3, genie ", env!("CARGO_PKG_VERSION"));
+pub const VERSION: &str = concat!("genie bench 4, genie ", env!("CARGO_PKG_VERSION"));
 
 /// How long the measuring process may be silent: it may run a row of any length.
 const PATIENCE: Duration = Duration::from_secs(3600);
@@ -173,6 +174,19 @@ impl Peer {
             Request::RawPong { device } => {
                 self.channel.send(&Reply::Ready)?;
                 Ok(Reply::Driver(raw::pong(&device)?))
+            }
+            Request::PolledPong {
+                device,
+                local,
+                session,
+                block_size,
+                integrity,
+            } => {
+                let mut end = End::open(&device, block_size)?;
+                let (ours, name) = end.local();
+                self.channel.send(&Reply::Polled(ours, name))?;
+                end.connect(local, session, integrity)?;
+                Ok(Reply::Driver(end.pong()?))
             }
             Request::Bye => Ok(Reply::Done),
         }

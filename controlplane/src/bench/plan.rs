@@ -13,11 +13,15 @@ use genie_dataplane::memory::accelerator::MemoryKind;
 use super::BenchError;
 use super::baseline::{self, Baseline};
 use super::carriers::Kind;
+use super::polled;
 use crate::security::DataSecurity;
 use crate::units::{parse_bytes, parse_duration};
 
 /// Blocks of the default's reads and writes: what a layer of a model is, about.
 const ONE_SIDED_BYTES: u64 = 1 << 20;
+
+/// The largest of the default's ping-pongs that engines without threads carry.
+const PAGE_BYTES: u64 = 4 << 10;
 
 /// What is done with blocks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -166,6 +170,8 @@ pub struct Plan {
     pub integrity: Integrity,
     /// The rows of each.
     pub rows: Vec<PlannedRow>,
+    /// Rows of engines that the measuring threads drive themselves, over a pair.
+    pub polled: Vec<PlannedRow>,
     /// The baselines.
     pub baselines: Vec<Baseline>,
     /// Whether they were asked for.
@@ -231,13 +237,18 @@ impl BenchArgs {
         let short =
             |quick: u64, full: u64| Duration::from_millis(if self.quick { quick } else { full });
         Ok(Plan {
-            kinds,
             kinds_asked: through_running || !self.transport.is_empty(),
             through_running,
             integrity: match self.digest {
                 Digest::On => Integrity::Digest,
                 Digest::Off => Integrity::None,
             },
+            polled: if kinds.contains(&Kind::Dpdk) {
+                self.polled_rows(&sizes)
+            } else {
+                Vec::new()
+            },
+            kinds,
             rows: self.rows(&sizes),
             baselines,
             baselines_asked: !self.baseline.is_empty(),
@@ -318,6 +329,29 @@ impl BenchArgs {
         }
         rows.extend(self.one_sided_rows(sizes));
         rows
+    }
+
+    /// Ping-pongs of engines without threads: what fits one packet, and by
+    /// default the smallest size and 4 KiB.
+    fn polled_rows(&self, sizes: &[u64]) -> Vec<PlannedRow> {
+        let by_default = self.op.is_empty();
+        let here = self.place.spawn && self.dpdk_device.is_none() && self.threads == 1;
+        let wanted = by_default || self.op.contains(&Op::Pingpong);
+        let plain = self.data_security.contains(&DataSecurity::Plain);
+        if !here || !wanted || !plain || self.only_agents() {
+            return Vec::new();
+        }
+        let sizes = sizes.iter().copied().enumerate();
+        let sizes = sizes.filter(|(index, size)| {
+            *size <= polled::BLOCK_MAX && (!by_default || *index == 0 || *size == PAGE_BYTES)
+        });
+        let row = |(_, block_size)| PlannedRow {
+            op: Op::Pingpong,
+            block_size,
+            batch_size: 1,
+            cold: false,
+        };
+        sizes.map(row).collect()
     }
 
     /// Whether no row can be carried by engines alone.

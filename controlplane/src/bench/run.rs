@@ -23,6 +23,7 @@ use crate::security::DataSecurity;
 
 mod agents;
 mod baselines;
+mod polled;
 mod workers;
 
 /// Above this share of all processors' time, others were in the way.
@@ -133,7 +134,8 @@ impl<'a> Bench<'a> {
             .min((environment.memory_bytes / 16).max(64 << 20));
         let style = ProgressStyle::with_template("{elapsed:>4} {bar:30} {pos}/{len} {msg}")
             .unwrap_or_else(|_| ProgressStyle::default_bar());
-        let rows = (plan.rows.len() * plan.kinds.len().max(1) + plan.baselines.len()) as u64;
+        let rows = plan.rows.len() * plan.kinds.len().max(1);
+        let rows = (rows + plan.polled.len() + plan.baselines.len()) as u64;
         let report = Report {
             schema: SCHEMA,
             command: std::env::args().collect::<Vec<_>>().join(" "),
@@ -160,6 +162,10 @@ impl<'a> Bench<'a> {
         let watch = Watch::start();
         for way in self.ways() {
             self.measure_way(&way);
+            let plain = way.security == DataSecurity::Plain;
+            if way.kind == Some(Kind::Dpdk) && way.agents && plain {
+                self.measure_polled();
+            }
         }
         for baseline in self.plan.baselines.clone() {
             self.progress

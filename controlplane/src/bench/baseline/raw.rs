@@ -126,23 +126,17 @@ pub struct Ping {
 }
 
 impl Ping {
-    /// The longest block: it travels in the frame's head.
-    pub const BLOCK_MAX: usize = HEAD_MAX - HEAD_BYTES;
-
-    /// As [`send`], with blocks of so many bytes.
+    /// As [`send`], with blocks of so many bytes, at most [`PAYLOAD_BYTES`].
     pub fn open(
         device: &str,
         block_bytes: usize,
         opened: impl FnOnce() -> Result<(), BenchError>,
     ) -> Result<Self, BenchError> {
-        let port = open(device)?;
+        let mut port = open(device)?;
         opened()?;
         wait_for_link(&port)?;
-        let len = HEAD_BYTES + block_bytes.min(Self::BLOCK_MAX);
-        let frame = TxFrame {
-            head: std::iter::repeat_n(0xff, len).collect(),
-            payload: None,
-        };
+        let memory = Lease::whole(Region::allocate(PAYLOAD_BYTES)?.0);
+        let frame = ping_frame(&mut port, &memory, HEAD_BYTES + block_bytes)?;
         let waiting = None;
         Ok(Self {
             port,
@@ -185,16 +179,50 @@ impl Carrier for Ping {
     }
 }
 
+/// A frame of `len` bytes: as the engine does it, short ones lie behind the
+/// headers and of long ones the frame refers to `memory`.
+fn ping_frame(port: &mut Port, memory: &Lease, len: usize) -> Result<TxFrame, BenchError> {
+    let head_len = if len <= HEAD_MAX { len } else { HEAD_BYTES };
+    let mut frame = TxFrame {
+        head: std::iter::repeat_n(0xff, head_len).collect(),
+        payload: None,
+    };
+    if len > head_len {
+        let refused = |error| BenchError::Engine(Kind::Dpdk, format!("{error}"));
+        let attachment = port.attach(memory.clone()).map_err(refused)?;
+        frame.payload = Some(Payload {
+            attachment,
+            offset: 0,
+            len: (len - head_len).min(PAYLOAD_BYTES) as u32,
+        });
+    }
+    Ok(frame)
+}
+
 /// Frames there and back: the other end, until none has come for a while.
 /// Returns its driver.
 pub fn pong(device: &str) -> Result<String, BenchError> {
     let mut port = open(device)?;
     wait_for_link(&port)?;
+    let memory = Lease::whole(Region::allocate(PAYLOAD_BYTES)?.0);
+    let long = ping_frame(&mut port, &memory, HEAD_BYTES + PAYLOAD_BYTES)?;
     let (mut last, mut limit) = (Instant::now(), LINK_LIMIT);
     while last.elapsed() < limit {
         for _ in 0..1024 {
             let mut back = TxFrame::default();
             let count = port.rx_burst(&mut |frame| {
+                if frame.len() > HEAD_MAX
+                    && let Some(payload) = frame.slice(HEAD_BYTES..frame.len())
+                    && payload.len() <= PAYLOAD_BYTES
+                {
+                    memory.write_at(0, payload);
+                    back = long.clone();
+                    back.payload = back.payload.map(|place| Payload {
+                        len: payload.len() as u32,
+                        ..place
+                    });
+                    return;
+                }
                 let mut bytes = [0; HEAD_MAX];
                 let len = frame.copy_to(&mut bytes);
                 back.head = bytes[..len].iter().copied().collect();

@@ -17,7 +17,7 @@ use crate::bench::report::{NotMeasured, Row};
 use crate::bench::statistics::{confidence_95, median};
 
 /// The pair of devices between this process and the other.
-fn pair_of(other: &Other) -> Result<String, BenchError> {
+pub(super) fn pair_of(other: &Other) -> Result<String, BenchError> {
     let folder = other.folder.as_ref().ok_or_else(|| {
         let reason = "the raw loop needs both processes on this host: --spawn";
         BenchError::Refused(reason.into())
@@ -252,11 +252,13 @@ impl Bench<'_> {
     }
 
     fn measure_raw_pingpong(&mut self) -> Result<(), BenchError> {
-        let pingpongs =
-            self.plan.rows.iter().filter(|row| {
-                row.op == Op::Pingpong && row.block_size <= raw::Ping::BLOCK_MAX as u64
-            });
-        for row in pingpongs.copied().collect::<Vec<_>>() {
+        let rows = self.plan.rows.iter().chain(&self.plan.polled);
+        let pingpongs = rows
+            .filter(|row| row.op == Op::Pingpong && row.block_size <= raw::PAYLOAD_BYTES as u64);
+        let mut pingpongs: Vec<_> = pingpongs.copied().collect();
+        pingpongs.sort_by_key(|row| row.block_size);
+        pingpongs.dedup();
+        for row in pingpongs {
             let mut other = self.connect()?;
             let device = pair_of(&other)?;
             let opened = || match ask(
@@ -366,7 +368,7 @@ impl Bench<'_> {
         Ok(())
     }
 
-    fn measure_carrier(
+    pub(super) fn measure_carrier(
         &self,
         carrier: &mut dyn Carrier,
         described: Row,
