@@ -118,9 +118,8 @@ impl End {
         let mut until = None;
         loop {
             let operation = OperationId(self.begun);
-            let offered =
-                (self.engine).offer(self.session, operation, Metadata::new(), from.clone());
-            match offered {
+            let engine = &mut self.engine;
+            match engine.offer(self.session, operation, Metadata::new(), from) {
                 Ok(_) => return Ok(()),
                 Err(OfferRefused {
                     from: back,
@@ -149,12 +148,12 @@ impl End {
 
     /// Sends every block back, until the other end closes. Returns the driver.
     pub fn pong(mut self) -> Result<String, BenchError> {
-        let (mut turns, mut last) = (0u64, Instant::now());
+        let (mut turns, mut came, mut last) = (0u64, true, Instant::now());
         loop {
             self.engine.turn(self.engine.now());
             while let Some(offer) = self.engine.poll_offer() {
                 self.send_back(offer)?;
-                turns = 0;
+                came = true;
             }
             while let Some(completion) = self.engine.poll_completion() {
                 match completion {
@@ -173,10 +172,12 @@ impl End {
                 }
             }
             turns += 1;
-            if turns == 1 {
-                last = Instant::now();
-            } else if turns.is_multiple_of(LOOK) && last.elapsed() > LIVENESS + PAUSE {
-                return Err(BenchError::Silent(LIVENESS));
+            if turns.is_multiple_of(LOOK) {
+                if std::mem::take(&mut came) {
+                    last = Instant::now();
+                } else if last.elapsed() > LIVENESS + PAUSE {
+                    return Err(BenchError::Silent(LIVENESS));
+                }
             }
         }
     }

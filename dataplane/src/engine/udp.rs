@@ -13,6 +13,7 @@ mod slots;
 mod thread;
 
 use std::collections::{HashMap, VecDeque};
+use std::hash::{BuildHasherDefault, Hasher};
 use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
@@ -144,7 +145,7 @@ impl<D> std::fmt::Debug for Polled<D> {
 struct Core {
     config: Config,
     link: Link,
-    sessions: HashMap<SessionId, Session>,
+    sessions: HashMap<SessionId, Session, BuildHasherDefault<IdHasher>>,
     /// What their peers may have in flight.
     credit: Credit,
     /// Frames the device has not taken yet: the first `sent` of them it has.
@@ -177,6 +178,40 @@ struct Core {
     published: Time,
     started: Instant,
     stopping: bool,
+    /// Nothing was to be done in the last turn, and nothing came since: there
+    /// is nothing to send before something is received or falls due.
+    quiet: bool,
+    /// When time is looked at next.
+    upkeep_at: Time,
+}
+
+/// How often timers, shares and what is published are looked at: far less than
+/// the shortest timer, and so seldom that a turn that finds nothing costs little
+/// more than the poll.
+const UPKEEP_EVERY: Duration = Duration::from_micros(5);
+
+/// Hashes session ids: this end chooses them, at random, so no peer can have
+/// them collide, and they are looked up for every packet.
+#[derive(Debug, Default)]
+struct IdHasher(u64);
+
+impl Hasher for IdHasher {
+    fn write(&mut self, bytes: &[u8]) {
+        for byte in bytes {
+            self.write_u32(u32::from(*byte));
+        }
+    }
+
+    fn write_u32(&mut self, id: u32) {
+        // Fibonacci hashing (Knuth, volume 3, section 6.4): the table uses the
+        // highest bits and the lowest, so both halves of the product.
+        let product = (self.0 ^ u64::from(id)).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        self.0 = product ^ product >> 32;
+    }
+
+    fn finish(&self) -> u64 {
+        self.0
+    }
 }
 
 /// Counts over all sessions, ended ones included.
@@ -213,7 +248,7 @@ impl<D: Device> Polled<D> {
             credit: Credit::new(credit(device.capabilities().rx_descriptors)),
             config,
             link,
-            sessions: HashMap::new(),
+            sessions: HashMap::default(),
             frames: Vec::with_capacity(BURST_MAX),
             sent: 0,
             answers: VecDeque::with_capacity(ANSWERS_MAX),
@@ -230,6 +265,8 @@ impl<D: Device> Polled<D> {
             published: Time::default(),
             started: Instant::now(),
             stopping: false,
+            quiet: false,
+            upkeep_at: Time::default(),
         };
         Self { device, core }
     }
@@ -261,15 +298,33 @@ impl<D: Device> Polled<D> {
     /// work; when not, [`Polled::next_deadline`] says how long nothing but a
     /// frame or a command can change that.
     pub fn turn(&mut self, now: Time) -> bool {
+        let upkeep = self.core.upkeep_at <= now;
+        let quiet = self.core.quiet && !upkeep;
+        // Before receiving, so that what the caller has answered leaves first.
+        let mut busy = !quiet && self.transmit(now);
+        busy |= self.receive(now);
+        if quiet && !busy {
+            return false;
+        }
+        if upkeep {
+            busy |= self.keep_up(now);
+        }
+        self.settle(now);
+        self.core.quiet = !busy && !self.core.is_waiting_for_device();
+        busy
+    }
+
+    /// What time alone makes due.
+    fn keep_up(&mut self, now: Time) -> bool {
+        self.core.upkeep_at = now + UPKEEP_EVERY;
         if self.core.stopping {
             self.close_all();
         }
-        let mut busy = self.transmit(now);
-        busy |= self.receive(now);
-        busy |= self.handle_timeouts(now);
-        self.settle(now);
+        let due = self.handle_timeouts(now);
+        self.core.remove_ended(now);
+        self.core.balance(now);
         self.publish(now);
-        busy
+        due
     }
 
     /// The next thing that was done, or could not be.
@@ -291,6 +346,7 @@ impl<D: Device> Polled<D> {
         from: Lease,
     ) -> Result<TransferId, OfferRefused> {
         let Self { device, core } = self;
+        core.quiet = false;
         match core.sessions.get_mut(&session) {
             Some(session) => session.offer(operation, metadata, from, device),
             None => Err(OfferRefused {
@@ -312,6 +368,7 @@ impl<D: Device> Polled<D> {
 
     /// Gives the slot of a small tensor back, for its peer to use again.
     pub fn release(&mut self, offer: Offer) {
+        self.core.quiet = false;
         if let Some(session) = self.core.sessions.get_mut(&offer.session()) {
             session.release(offer);
         }
@@ -341,6 +398,7 @@ impl<D: Device> Polled<D> {
 
     /// Begins something; what comes of it is told by [`Polled::poll_completion`].
     pub fn handle_command(&mut self, now: Time, command: Command) {
+        self.core.quiet = false;
         let Self { device, core, .. } = self;
         match command {
             Command::Open {
@@ -436,6 +494,7 @@ impl<D: Device> Polled<D> {
                 break;
             }
         }
+        core.quiet &= !any;
         any
     }
 
@@ -501,14 +560,6 @@ impl<D: Device> Polled<D> {
                 self.fail(now);
             }
         }
-        let core = &mut self.core;
-        core.remove_ended(now);
-        let sessions = &mut core.sessions;
-        core.credit.balance(now, |visit| {
-            for session in sessions.values_mut() {
-                session.show_credit(now, visit);
-            }
-        });
     }
 
     /// Ends an engine whose device does not give memory back: the queue is
@@ -769,6 +820,16 @@ impl Core {
             frame
                 .payload
                 .is_none_or(|payload| !ended(payload.attachment))
+        });
+    }
+
+    /// Gives the receive ring out anew among those who send.
+    fn balance(&mut self, now: Time) {
+        let sessions = &mut self.sessions;
+        self.credit.balance(now, |visit| {
+            for session in sessions.values_mut() {
+                session.show_credit(now, visit);
+            }
         });
     }
 

@@ -37,6 +37,9 @@ use crate::memory::{Lease, RegionError, View};
 /// can only be data, the header.
 const DATAGRAM_WHOLE: usize = wire::HEADER_LEN + wire::CONTROL_MAX;
 
+/// Of offers it sees what is before the tensor.
+const OFFER_BEGIN: usize = wire::HEADER_LEN + wire::OFFER_LEN + wire::METADATA_MAX;
+
 /// How often a neighbour is asked for its address until it answers.
 const ASK_EVERY: Duration = Duration::from_millis(50);
 
@@ -452,7 +455,11 @@ impl Session {
         private: &mut [u8],
     ) {
         let Some(security) = &mut self.security else {
-            if datagram.len() <= DATAGRAM_WHOLE || wire::peek_kind(header) == Some(Kind::Offer) {
+            if wire::peek_kind(header) == Some(Kind::Offer) {
+                let mut begin = [0; OFFER_BEGIN];
+                let have = datagram.copy_to(&mut begin);
+                self.handle_opened(now, &begin[..have], datagram);
+            } else if datagram.len() <= DATAGRAM_WHOLE {
                 let mut whole = [0; DATAGRAM_WHOLE];
                 let have = datagram.copy_to(&mut whole);
                 self.handle_opened(now, &whole[..have], datagram);
