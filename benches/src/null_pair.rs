@@ -1,5 +1,8 @@
-//! The protocol alone: two connections, no network, no payload.
+//! The protocol alone: two connections, no network, and no payload but, if it
+//! is asked for, the digest of one.
 
+use genie_dataplane::memory::View;
+use genie_proto::wire::HEADER_LEN;
 use genie_proto::{Config, Connection, Event, SessionId, Time, TransferId};
 
 /// Packets of one transfer.
@@ -9,6 +12,8 @@ pub const PACKETS: u64 = 4096;
 #[derive(Debug)]
 pub struct Pair {
     ends: [Connection; 2],
+    /// What every packet carries, if digests are computed.
+    segment: Option<Vec<u8>>,
     generation: u32,
     now: u64,
 }
@@ -17,12 +22,23 @@ impl Pair {
     /// Two that know of each other.
     #[expect(clippy::new_without_default, reason = "a benchmark makes one, by name")]
     pub fn new() -> Self {
+        Self::of(None)
+    }
+
+    /// Two whose sender computes the digest of each segment of 8 KiB, always the
+    /// same one, so that it comes from the cache.
+    pub fn with_digest() -> Self {
+        Self::of(Some((0..8192).map(|at| (at / 7) as u8).collect()))
+    }
+
+    fn of(segment: Option<Vec<u8>>) -> Self {
         let config = config();
         let connection = |local, remote| {
             Connection::new(config.clone(), SessionId(local), SessionId(remote), Time(0))
         };
         Self {
             ends: [connection(1, 2), connection(2, 1)],
+            segment,
             generation: 0,
             now: 1,
         }
@@ -34,13 +50,21 @@ impl Pair {
         let mut any = false;
         // A burst at a time, as the engine does.
         for _ in 0..32 {
-            // The payload's checksum is zero at both ends: only the protocol is measured.
-            let Some(packet) = self.ends[from].poll_transmit(now, |_| 0) else {
+            // Without a segment its checksum is zero at both ends: only the
+            // protocol is measured. With one the receiver knows what it is.
+            let mut crc = 0;
+            let segment = &self.segment;
+            let digest = |_| {
+                let bytes = segment.as_deref().unwrap_or_default();
+                crc = View::from(bytes).crc32c();
+                crc
+            };
+            let Some(packet) = self.ends[from].poll_transmit(now, digest) else {
                 break;
             };
             any = true;
             let len = packet.head.len() + packet.payload.map_or(0, |segment| segment.len as usize);
-            self.ends[1 - from].handle_datagram(now, &packet.head, len, |_| 0);
+            self.ends[1 - from].handle_datagram(now, &packet.head, len, |_| crc);
         }
         any
     }
@@ -82,9 +106,9 @@ impl Pair {
 }
 
 fn config() -> Config {
-    // A port of MTU 9000: less 40 of IPv6 and 8 of UDP.
+    // Segments of 8 KiB, a port of MTU 9000 has room for more.
     Config {
-        datagram_max: 8952,
+        datagram_max: 8192 + HEADER_LEN as u16,
         ..Config::default()
     }
 }

@@ -777,6 +777,9 @@ impl Core {
         // Twice round the same order: from `first` to the end, then to `first`.
         for (pass, skip) in [first, 0].into_iter().enumerate() {
             let take = if pass == 0 { count - first } else { first };
+            if take == 0 {
+                continue;
+            }
             for session in self.sessions.values_mut().skip(skip).take(take) {
                 let room = BURST_MAX - self.frames.len();
                 if room == 0 {
