@@ -439,7 +439,7 @@ impl Application {
                         };
                         match attempt.await {
                             Ok(moved) => break moved,
-                            Err(error) => attempts.again(error).await?,
+                            Err(error) => attempts.again(&node, error).await?,
                         }
                     };
                     node.counters.dialled(&peer, Direction::Sent, &moved);
@@ -534,7 +534,7 @@ impl Application {
                         };
                         match attempt.await {
                             Ok(got) => break got,
-                            Err(error) => attempts.again(error).await?,
+                            Err(error) => attempts.again(&node, error).await?,
                         }
                     };
                     node.counters.dialled(&peer, Direction::Received, &got.1);
@@ -592,7 +592,7 @@ impl Application {
                         };
                         match attempt.await {
                             Ok(got) => break got,
-                            Err(error) => attempts.again(error).await?,
+                            Err(error) => attempts.again(&node, error).await?,
                         }
                     };
                     node.counters.dialled(&peer, Direction::Received, &got.1);

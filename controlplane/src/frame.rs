@@ -135,6 +135,7 @@ mod tests {
             Message::Ping,
             Message::Bye {
                 reason: "why".into(),
+                passing: true,
             },
             Message::Begin {
                 id: 1,
@@ -275,12 +276,12 @@ mod tests {
 
     #[test]
     fn versions_must_overlap() {
-        assert_eq!(check_preamble(preamble()).unwrap(), 2);
-        let newer = *b"GNIE\0\x03\0\x05";
+        assert_eq!(check_preamble(preamble()).unwrap(), 3);
+        let newer = *b"GNIE\0\x04\0\x05";
         let error = check_preamble(newer).unwrap_err().to_string();
-        assert!(error.contains("versions 3 to 5"), "{error}");
+        assert!(error.contains("versions 4 to 5"), "{error}");
         let wide = *b"GNIE\0\x00\0\x05";
-        assert_eq!(check_preamble(wide).unwrap(), 2);
+        assert_eq!(check_preamble(wide).unwrap(), 3);
         let reversed = *b"GNIE\0\x05\0\x00";
         assert!(check_preamble(reversed).is_err());
         assert!(matches!(

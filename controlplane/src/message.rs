@@ -128,6 +128,8 @@ pub enum Message {
     Bye {
         /// Why.
         reason: String,
+        /// Whether it may be gone a moment later: trying again is of use.
+        passing: bool,
     },
     /// Dialler: a request begins.
     Begin {

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -12,7 +12,7 @@ use genie_dataplane::endpoint::Lost;
 use genie_dataplane::engine::FailReason;
 use genie_dataplane::memory::accelerator::MemoryKind;
 
-use tokio::sync::{Semaphore, SemaphorePermit};
+use tokio::sync::{Semaphore, SemaphorePermit, watch};
 
 use crate::budget::{Budget, Room};
 use crate::devices::Devices;
@@ -86,7 +86,7 @@ pub struct Node {
     pub started: Instant,
     live: Mutex<Vec<Arc<Session>>>,
     busy: AtomicUsize,
-    stopping: AtomicBool,
+    stopping: watch::Sender<bool>,
 }
 
 /// A peer that can be dialled.
@@ -184,7 +184,7 @@ impl Node {
             started: Instant::now(),
             live: Mutex::default(),
             busy: AtomicUsize::new(0),
-            stopping: AtomicBool::new(false),
+            stopping: watch::Sender::new(false),
         })
     }
 
@@ -322,20 +322,30 @@ impl Node {
     /// Marks something as under way; none once the agent is stopping.
     pub fn begin(&self) -> Option<Busy<'_>> {
         // Counted before it is looked: a stopping agent either sees this or is
-        // seen.
+        // seen, as what is looked at and changed is under a lock.
         self.busy.fetch_add(1, Ordering::SeqCst);
         let busy = Busy(&self.busy);
-        (!self.stopping.load(Ordering::SeqCst)).then_some(busy)
+        (!self.is_stopping()).then_some(busy)
     }
 
     /// From now on nothing new is begun.
     pub fn stop(&self) {
-        self.stopping.store(true, Ordering::SeqCst);
+        self.stopping.send_replace(true);
     }
 
     /// Whether nothing new is begun.
     pub fn is_stopping(&self) -> bool {
-        self.stopping.load(Ordering::SeqCst)
+        *self.stopping.borrow()
+    }
+
+    /// Waits until nothing new is begun.
+    pub async fn until_stopping(&self) {
+        // An error only once the sender is gone, which is this node's own.
+        let _ = self
+            .stopping
+            .subscribe()
+            .wait_for(|stopping| *stopping)
+            .await;
     }
 
     /// Whether anything is under way.

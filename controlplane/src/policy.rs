@@ -6,7 +6,7 @@ use genie_client::FailureKind;
 use genie_dataplane::engine::FailReason;
 use tokio::time::Instant;
 
-use crate::node;
+use crate::node::{self, Node};
 use crate::session::SessionError;
 use crate::transfer::TransferError;
 
@@ -47,15 +47,19 @@ impl Policy {
 
 impl Attempts {
     /// After an attempt that failed: pauses before the next one, or returns why
-    /// there shall be none.
-    pub async fn again(&mut self, error: TransferError) -> Result<(), TransferError> {
+    /// there shall be none. A node that stops makes no more attempts.
+    pub async fn again(&mut self, node: &Node, error: TransferError) -> Result<(), TransferError> {
         let pause = pause(self.failed, u32::from_ne_bytes(node::random()));
         let in_time = |limit| self.began.elapsed() + pause < limit;
         if !is_passing(&error) || !self.retry.is_some_and(in_time) {
             return Err(error);
         }
         tracing::info!(%error, ?pause, "trying again");
-        tokio::time::sleep(pause).await;
+        tokio::select! {
+            biased;
+            () = node.until_stopping() => return Err(TransferError::Stopping),
+            () = tokio::time::sleep(pause) => {}
+        }
         self.failed += 1;
         Ok(())
     }
@@ -82,9 +86,9 @@ fn is_passing(error: &TransferError) -> bool {
             | SessionError::Frame { .. }
             | SessionError::Slow { .. }
             | SessionError::Silent { .. }
-            | SessionError::Refused { .. }
             | SessionError::NoPath { .. }
             | SessionError::Ended(_) => true,
+            SessionError::Refused { passing, .. } => *passing,
             SessionError::UnknownPeer { .. }
             | SessionError::Untrusted { .. }
             | SessionError::Denied { .. }
@@ -98,11 +102,15 @@ fn is_passing(error: &TransferError) -> bool {
             | FailReason::Protocol(_)
             | FailReason::Refused(_) => false,
         },
-        // It is about to be restarted, presumably, or has enough of us at the moment.
-        TransferError::Peer { kind, .. } => {
-            *kind == FailureKind::Stopping
-                || matches!(kind, FailureKind::Limited { .. }) && kind.is_retryable()
-        }
+        TransferError::Peer { kind, .. } => match kind {
+            // It is about to be restarted, presumably, or has enough of us at the
+            // moment.
+            FailureKind::Stopping => true,
+            FailureKind::Limited { .. } => kind.is_retryable(),
+            // Whichever end was the first to notice.
+            FailureKind::Stalled => true,
+            _ => false,
+        },
         TransferError::Stalled { .. } => true,
         _ => false,
     }
@@ -117,12 +125,13 @@ mod tests {
     }
 
     async fn attempts(policy: Policy, mut until: impl FnMut(u32) -> Option<TransferError>) -> u32 {
+        let node = crate::session::testing::node();
         let mut attempts = policy.attempts();
         let mut made = 0;
         while let Some(error) = until(made) {
             assert_eq!(attempts.are_repeated(), made > 0);
             made += 1;
-            if attempts.again(error).await.is_err() {
+            if attempts.again(&node, error).await.is_err() {
                 return made;
             }
         }
@@ -164,6 +173,66 @@ mod tests {
             }))
         };
         assert_eq!(attempts(policy, unknown).await, 1);
+    }
+
+    fn patient() -> Policy {
+        Policy {
+            retry: Some(Duration::from_secs(60)),
+            deadline: None,
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_stall_is_tried_again_whichever_end_notices_it_first() {
+        let ours = || TransferError::Stalled {
+            peer: "b".into(),
+            limit: Duration::from_secs(30),
+        };
+        // As the peer tells it, when its own time is over first.
+        let theirs = || TransferError::Peer {
+            peer: "b".into(),
+            kind: crate::transfer::kind_of(&ours()),
+            reason: ours().to_string(),
+        };
+        assert_eq!(attempts(patient(), |n| (n < 3).then(ours)).await, 4);
+        assert_eq!(attempts(patient(), |n| (n < 3).then(theirs)).await, 4);
+        let relayed = crate::transfer::kind_of(&theirs());
+        assert_eq!(relayed, FailureKind::Stalled, "what the program is told");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_refusal_is_tried_again_if_it_may_be_gone() {
+        let refused = |passing| {
+            TransferError::from(SessionError::Refused {
+                peer: "b".into(),
+                reason: "no".into(),
+                passing,
+            })
+        };
+        let made = attempts(patient(), |n| (n < 3).then(|| refused(true))).await;
+        assert_eq!(made, 4);
+        assert_eq!(attempts(patient(), |_| Some(refused(false))).await, 1);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_node_that_stops_makes_no_more_attempts() {
+        let node = crate::session::testing::node();
+        let mut attempts = patient().attempts();
+        attempts.again(&node, lost()).await.unwrap();
+        // Long pauses by now: the end comes in the middle of one.
+        attempts.failed = 10;
+        let waits = tokio::spawn({
+            let node = std::sync::Arc::clone(&node);
+            async move { attempts.again(&node, lost()).await }
+        });
+        tokio::task::yield_now().await;
+        let began = Instant::now();
+        node.stop();
+        let refused = waits.await.unwrap();
+        assert!(matches!(refused, Err(TransferError::Stopping)));
+        assert_eq!(began.elapsed(), Duration::ZERO, "at once");
+        let refused = patient().attempts().again(&node, lost()).await;
+        assert!(matches!(refused, Err(TransferError::Stopping)));
     }
 
     #[test]

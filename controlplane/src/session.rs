@@ -140,6 +140,8 @@ pub enum SessionError {
         peer: String,
         /// Its words.
         reason: String,
+        /// Whether it may let us in a moment later.
+        passing: bool,
     },
     /// Something else than the protocol asks for.
     #[error("peer '{peer}' sent {what} where the protocol has no place for it")]
@@ -503,7 +505,7 @@ impl Session {
     fn dispatch(self: &Arc<Self>, node: &Arc<Node>, message: Message) -> Result<(), String> {
         match message {
             Message::Ping => Ok(()),
-            Message::Bye { reason } => {
+            Message::Bye { reason, .. } => {
                 self.end(format!("peer '{}' ended the session: {reason}", self.peer));
                 Ok(())
             }
@@ -670,7 +672,8 @@ async fn write_loop(
         let message = tokio::select! {
             biased;
             reason = session.until_ended() => {
-                let bye = Message::Bye { reason: reason.to_string() };
+                // Whether there may be another session is said to whoever asks for it.
+                let bye = Message::Bye { reason: reason.to_string(), passing: true };
                 // The peer may be gone, which is why the session ended.
                 let _ = timeout(liveness, frame::write(&mut writer, &bye)).await;
                 let _ = writer.shutdown().await;

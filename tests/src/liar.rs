@@ -128,7 +128,7 @@ impl Liar {
         loop {
             match next() {
                 Message::Hello(_) => {}
-                Message::Bye { reason } => return reason,
+                Message::Bye { reason, .. } => return reason,
                 other => panic!("{other:?}"),
             }
         }
@@ -161,7 +161,7 @@ impl Liar {
     pub fn verdict(&mut self) -> String {
         loop {
             match read_blocking::<Message>(&mut self.control, BODY_MAX) {
-                Ok(Message::Bye { reason }) => return reason,
+                Ok(Message::Bye { reason, .. }) => return reason,
                 Ok(Message::Done { result: Ok(_), .. }) => return "done".to_owned(),
                 Ok(Message::Done {
                     result: Err(failure),

@@ -19,7 +19,7 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
-use rustix::process::{Pid, Signal};
+use rustix::process::{Pid, Signal, WaitId, WaitIdOptions};
 use serde_json::Value;
 
 /// How long anything may take that should take no time at all, on a machine
@@ -226,6 +226,12 @@ impl Agent {
     /// Sends the process a signal.
     pub fn signal(&self, signal: Signal) {
         rustix::process::kill_process(pid(&self.child), signal).expect("it is our child");
+        if signal == Signal::STOP {
+            // Its threads may still run when the signal was sent.
+            let stopped = WaitIdOptions::STOPPED | WaitIdOptions::NOWAIT;
+            let id = WaitId::Pid(pid(&self.child));
+            rustix::process::waitid(id, stopped).expect("it is our child");
+        }
     }
 
     /// Asks the agent to end, and waits for that.

@@ -504,7 +504,7 @@ async fn a_hello_under_another_name_than_the_certificates_is_refused() {
     let b = start(folder.path(), "b", &ca.issue("b"), &[SLOW]);
     let mut stream = Peer::introduce(b.listen, &ca.issue("c"), "c", "a").await;
     let answer: Message = frame::read(&mut stream, frame::BODY_MAX).await.unwrap();
-    let Message::Bye { reason } = answer else {
+    let Message::Bye { reason, .. } = answer else {
         panic!("{answer:?}");
     };
     assert!(reason.contains("certificate is another node's"), "{reason}");

@@ -120,6 +120,44 @@ fn puts_and_gets_go_on_with_a_peer_that_was_killed_and_started_again() {
 }
 
 #[test]
+fn a_peer_that_will_never_let_us_in_is_not_asked_again() {
+    let folder = tempfile::tempdir().unwrap();
+    let b = Agent::start(folder.path(), "b", &[]);
+    let listen = b.listen;
+    let itself = free_address();
+    let peers = [format!("--peer=c={listen}"), format!("--peer=me={itself}")];
+    let own = format!("--listen={itself}");
+    let a = Agent::start(folder.path(), "a", &[&own, &peers[0], &peers[1]]);
+    let mut client = Client::connect(&a.socket).unwrap();
+    let long = Duration::from_secs(24 * 3600);
+    client.set_patience(None, Some(long)).unwrap();
+    for (peer, reason) in [("c", "calls itself 'b'"), ("me", "this agent itself")] {
+        let (kind, message) = failed(client.get(Some(peer), "m", Memory::Auto));
+        assert_eq!(kind, FailureKind::Peer);
+        assert!(message.contains(reason), "{message}");
+    }
+}
+
+#[test]
+fn an_agent_that_is_told_to_stop_gives_up_trying_again() {
+    let folder = tempfile::tempdir().unwrap();
+    let nobody = free_address();
+    let a = Agent::start(folder.path(), "a", &[&format!("--peer=b={nobody}")]);
+    let mut client = Client::connect(&a.socket).unwrap();
+    let long = Duration::from_secs(24 * 3600);
+    client.set_patience(None, Some(long)).unwrap();
+    std::thread::scope(|scope| {
+        let get = scope.spawn(|| failed(client.get(Some("b"), "m", Memory::Auto)));
+        eventually("it tries again", || {
+            a.log().contains("trying again").then_some(())
+        });
+        a.signal(Signal::TERM);
+        let (kind, message) = get.join().unwrap();
+        assert_eq!(kind, FailureKind::Stopping, "{message}");
+    });
+}
+
+#[test]
 fn what_takes_longer_than_its_deadline_fails_and_the_connection_goes_on() {
     let folder = tempfile::tempdir().unwrap();
     let b = Agent::start(folder.path(), "b", &["--liveness=60s"]);

@@ -47,26 +47,26 @@ fn a_peer_of_another_version_is_told_apart_by_both_ends() {
     let future = listener.local_addr().unwrap();
     let peer = std::thread::spawn(move || {
         let (mut stream, _) = listener.accept().unwrap();
-        stream.write_all(b"GNIE\0\x03\0\x04").unwrap();
+        stream.write_all(b"GNIE\0\x04\0\x05").unwrap();
         let mut first = [0; 8];
         stream.read_exact(&mut first).unwrap();
         first
     });
     let a = Agent::start(folder.path(), "a", &[&format!("--peer=b={future}")]);
     let output = a.genie(&["ls", "b"]);
-    output.assert_fails_with("speaks protocol versions 3 to 4, this build 2 to 2");
-    assert_eq!(&peer.join().unwrap(), b"GNIE\0\x02\0\x02");
+    output.assert_fails_with("speaks protocol versions 4 to 5, this build 3 to 3");
+    assert_eq!(&peer.join().unwrap(), b"GNIE\0\x03\0\x03");
 
     // And one that dials.
     let mut stream = connect(a.listen);
-    stream.write_all(b"GNIE\0\x03\0\x04").unwrap();
+    stream.write_all(b"GNIE\0\x04\0\x05").unwrap();
     assert_eq!(
         read_to_close(&mut stream)[..8],
-        *b"GNIE\0\x02\0\x02",
+        *b"GNIE\0\x03\0\x03",
         "so that it can say why"
     );
     eventually("the agent logs why", || {
-        a.log().contains("versions 3 to 4").then_some(())
+        a.log().contains("versions 4 to 5").then_some(())
     });
 }
 
@@ -102,7 +102,7 @@ fn garbage_after_the_preamble_is_dropped_too() {
     let b = Agent::start(folder.path(), "b", &["--liveness=1s"]);
     let a = Agent::start(folder.path(), "a", &[&b.as_peer()]);
     for seed in 1..20u64 {
-        let mut bytes = b"GNIE\0\x02\0\x02".to_vec();
+        let mut bytes = b"GNIE\0\x03\0\x03".to_vec();
         if seed.is_multiple_of(2) {
             // A frame of a credible length.
             bytes.extend_from_slice(&500u32.to_be_bytes());
@@ -123,7 +123,7 @@ fn garbage_after_the_preamble_is_dropped_too() {
 fn a_stranger_that_stalls_is_dropped_in_time() {
     let folder = tempfile::tempdir().unwrap();
     let agent = Agent::start(folder.path(), "a", &["--liveness=500ms"]);
-    for beginning in [&b""[..], b"GN", b"GNIE\0\x02\0\x02\0\0\0\x50half a frame"] {
+    for beginning in [&b""[..], b"GN", b"GNIE\0\x03\0\x03\0\0\0\x50half a frame"] {
         let began = Instant::now();
         let mut stream = connect(agent.listen);
         stream.write_all(beginning).unwrap();
@@ -145,7 +145,7 @@ fn an_announced_length_alone_costs_nothing() {
     let agent = Agent::start(folder.path(), "a", &[]);
     let mut stream = connect(agent.listen);
     stream
-        .write_all(b"GNIE\0\x02\0\x02\xff\xff\xff\xff")
+        .write_all(b"GNIE\0\x03\0\x03\xff\xff\xff\xff")
         .unwrap();
     read_to_close(&mut stream);
     eventually("it is refused", || {

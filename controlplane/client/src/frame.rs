@@ -23,7 +23,7 @@ pub const BODY_MAX: usize = 16 << 20;
 pub const HELLO_MAX: usize = 64 << 10;
 
 /// Versions of the control protocol that this build speaks.
-pub const VERSIONS: RangeInclusive<u16> = 2..=2;
+pub const VERSIONS: RangeInclusive<u16> = 3..=3;
 
 const MAGIC: [u8; 4] = *b"GNIE";
 
@@ -196,12 +196,12 @@ mod tests {
 
     #[test]
     fn versions_must_overlap() {
-        assert_eq!(check_preamble(preamble()).unwrap(), 2);
-        let newer = *b"GNIE\0\x03\0\x05";
+        assert_eq!(check_preamble(preamble()).unwrap(), 3);
+        let newer = *b"GNIE\0\x04\0\x05";
         let error = check_preamble(newer).unwrap_err().to_string();
-        assert!(error.contains("versions 3 to 5"), "{error}");
+        assert!(error.contains("versions 4 to 5"), "{error}");
         let wide = *b"GNIE\0\x00\0\x05";
-        assert_eq!(check_preamble(wide).unwrap(), 2);
+        assert_eq!(check_preamble(wide).unwrap(), 3);
         let reversed = *b"GNIE\0\x05\0\x00";
         assert!(check_preamble(reversed).is_err());
         assert!(matches!(

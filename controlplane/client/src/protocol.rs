@@ -454,6 +454,8 @@ pub enum FailureKind {
     Busy,
     /// It was not done within the deadline that was set.
     Deadline,
+    /// One end of it made no progress for too long.
+    Stalled,
     /// The peer gives one node no more than this.
     Limited {
         /// Of what.

@@ -81,6 +81,7 @@ pub async fn dial(
         return Err(SessionError::Refused {
             peer: peer.to_owned(),
             reason,
+            passing: false,
         });
     }
     let peer = facts(&hello, Some(control), &talk.stream);
@@ -126,7 +127,7 @@ pub async fn accept(node: &Arc<Node>, stream: TcpStream) -> Result<Arc<Session>,
     let Ok(agreed) = agreed else {
         let peer = talk.peer.clone();
         let slow = SessionError::Slow { peer, limit };
-        talk.bye(&slow.to_string()).await;
+        talk.say_bye(&slow.to_string(), true).await;
         return Err(slow);
     };
     let (hello, peer, path, refused) = match agreed {
@@ -187,6 +188,7 @@ impl Talk<'_> {
                 Err(SessionError::Refused {
                     peer: self.peer.clone(),
                     reason,
+                    passing: false,
                 })
             }
         }
@@ -196,27 +198,31 @@ impl Talk<'_> {
     async fn admit(&mut self, current: &Current, name: &str) -> Result<(), SessionError> {
         let ours = &self.node.name;
         let limits = self.node.peer_quotas.limits(name);
-        let reason = if let (Some(credentials), Some(chain)) =
+        let (reason, passing) = if let (Some(credentials), Some(chain)) =
             (&current.credentials, self.stream.chain())
             && credentials.verify(&chain, name).is_err()
         {
-            format!(
+            let reason = format!(
                 "it calls itself '{name}', and its certificate is another node's: \
                  start it with the --name in its certificate, or 'genie ca issue {name}'"
-            )
+            );
+            (reason, false)
         } else if !current.access.admits(name) {
-            format!("node '{ours}' does not allow '{name}': it takes --allow {name} there")
+            let reason =
+                format!("node '{ours}' does not allow '{name}': it takes --allow {name} there");
+            (reason, false)
         } else if self.node.sessions_of(name) as u64 >= limits.sessions {
             let most = limits.sessions;
-            format!(
+            let reason = format!(
                 "'{name}' has {most} sessions with node '{ours}' already: close some, or start \
                  the agent there with a larger --peer-sessions"
-            )
+            );
+            (reason, true)
         } else {
             return Ok(());
         };
         self.node.identity.count_refused_peer();
-        self.bye(&reason).await;
+        self.say_bye(&reason, passing).await;
         Err(SessionError::Untrusted {
             peer: name.to_owned(),
             address: self.address.clone(),
@@ -337,9 +343,10 @@ impl Talk<'_> {
     async fn recv_up_to(&mut self, max: usize, limit: Duration) -> Result<Message, SessionError> {
         let received = timeout(limit, frame::read(&mut self.stream, max)).await;
         match self.in_time(received, limit)? {
-            Message::Bye { reason } => Err(SessionError::Refused {
+            Message::Bye { reason, passing } => Err(SessionError::Refused {
                 peer: self.peer.clone(),
                 reason,
+                passing,
             }),
             message => Ok(message),
         }
@@ -363,13 +370,15 @@ impl Talk<'_> {
         error
     }
 
+    /// Says why there never will be a session, unless somebody changes something.
     async fn bye(&mut self, reason: &str) {
+        self.say_bye(reason, false).await;
+    }
+
+    async fn say_bye(&mut self, reason: &str, passing: bool) {
         // A courtesy; the connection is closed in any case.
-        let _ = self
-            .send(&Message::Bye {
-                reason: reason.to_owned(),
-            })
-            .await;
+        let reason = reason.to_owned();
+        let _ = self.send(&Message::Bye { reason, passing }).await;
     }
 
     fn in_time<T>(
@@ -437,7 +446,14 @@ async fn turn_away(node: &Node, mut error: HandshakeError, address: &str) -> Ses
         );
         let _ = timeout(node.liveness, async {
             let _ = frame::exchange_preamble(&mut stream).await;
-            let _ = frame::write(&mut stream, &Message::Bye { reason }).await;
+            let _ = frame::write(
+                &mut stream,
+                &Message::Bye {
+                    reason,
+                    passing: false,
+                },
+            )
+            .await;
             linger(&mut stream).await;
         })
         .await;
@@ -471,7 +487,7 @@ mod tests {
         });
         let (stream, _) = listener.accept().await.unwrap();
         accept(&node, stream).await.unwrap_err();
-        let Message::Bye { reason } = future.await.unwrap() else {
+        let Message::Bye { reason, .. } = future.await.unwrap() else {
             panic!("no goodbye");
         };
         assert!(
@@ -507,7 +523,7 @@ mod tests {
                         tokio::time::sleep(Duration::from_millis(10)).await;
                         frame::write(&mut stream, &tried).await.unwrap();
                     }
-                    Message::Bye { reason } => return reason,
+                    Message::Bye { reason, .. } => return reason,
                     other => panic!("{other:?}"),
                 }
             }

@@ -41,7 +41,8 @@ pub fn kind_of(error: &TransferError) -> FailureKind {
         TransferError::Allocate(_) => FailureKind::NoMemory,
         TransferError::Digest { .. } | TransferError::Failed(_) => FailureKind::Corrupt,
         TransferError::Peer { kind, .. } => of_peer(*kind),
-        TransferError::Session(_) | TransferError::Stalled { .. } => FailureKind::Peer,
+        TransferError::Session(_) => FailureKind::Peer,
+        TransferError::Stalled { .. } => FailureKind::Stalled,
         TransferError::Stopping | TransferError::GivenUp => FailureKind::Stopping,
     }
 }
@@ -57,6 +58,7 @@ fn of_peer(kind: FailureKind) -> FailureKind {
         | FailureKind::Accelerator
         | FailureKind::Removed
         | FailureKind::Busy
+        | FailureKind::Stalled
         | FailureKind::Limited { .. } => kind,
         FailureKind::Quota
         | FailureKind::Descriptor
