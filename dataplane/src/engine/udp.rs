@@ -28,10 +28,10 @@ use super::{
     Command, Completion, FailReason, IdleSnapshot, OpenError, OperationId, ResentSnapshot,
     RingSnapshot, SealedSnapshot, Status,
 };
-use crate::device::{BURST_MAX, Capabilities, Device, HEAD_MAX, TxFrame};
-use crate::memory::{Lease, RegionError, View};
+use crate::device::{BURST_MAX, Device, HEAD_MAX, TxFrame};
+use crate::memory::{Lease, View};
 use session::Session;
-use slots::Slots;
+use slots::{Slots, SlotsError};
 
 pub use offer::{Offer, OfferRefused, Offers};
 pub use thread::{SpawnError, spawn};
@@ -162,6 +162,8 @@ struct Core {
     slots: Option<Slots>,
     /// No slot was free: the device has to give some back.
     starved: bool,
+    /// Since when no session needs the slots that the device still has.
+    releasing: Option<Time>,
     /// Where packets are opened: as long as the longest, or empty.
     private: Vec<u8>,
     /// What was done and is not taken yet. Bounded by the operations that the
@@ -255,6 +257,7 @@ impl<D: Device> Polled<D> {
             turn: 0,
             slots: None,
             starved: false,
+            releasing: None,
             private: Vec::new(),
             completions: VecDeque::new(),
             offers: VecDeque::new(),
@@ -380,6 +383,7 @@ impl<D: Device> Polled<D> {
             .sessions
             .values()
             .filter_map(Session::next_timeout)
+            .chain(self.core.releasing.map(|at| at + session::STUCK_LIMIT))
             .min()
     }
 
@@ -415,13 +419,13 @@ impl<D: Device> Polled<D> {
                     offers: core.config.offers,
                 };
                 let sealing = match remote.secrets {
-                    Some(_) => core.prepare_sealing(capabilities),
+                    Some(_) => core.prepare_sealing(device),
                     None => Ok(()),
                 };
                 match sealing {
                     Ok(()) => core.open(now, operation, session, remote, own),
                     Err(error) => {
-                        let reason = format!("no memory for sealed packets: {error}");
+                        let reason = format!("sealed packets cannot be sent: {error}");
                         let result = Err(OpenError::Refused(reason));
                         core.completions
                             .push_back(Completion::Opened { operation, result });
@@ -556,9 +560,11 @@ impl<D: Device> Polled<D> {
             for session in core.sessions.values_mut() {
                 session.detach(device, &mut core.completions);
             }
-            if core.sessions.values().any(|session| session.is_stuck(now)) {
-                self.fail(now);
-            }
+        }
+        if core.release_slots(now, device)
+            || detaching && core.sessions.values().any(|session| session.is_stuck(now))
+        {
+            self.fail(now);
         }
     }
 
@@ -653,7 +659,33 @@ impl Core {
         self.sent < self.frames.len()
             || self.starved
             || !self.answers.is_empty()
+            || self.releasing.is_some()
             || self.sessions.values().any(Session::is_detaching)
+    }
+
+    /// Takes the slots back once no session needs them; returns whether the
+    /// device has kept some for so long that it will not give them back.
+    fn release_slots(&mut self, now: Time, device: &mut dyn Device) -> bool {
+        let Some(slots) = &mut self.slots else {
+            return false;
+        };
+        let needs = |session: &Session| session.is_sealed() && !session.is_ended();
+        if slots.are_released() || self.sessions.values().any(needs) {
+            self.releasing = None;
+            return false;
+        }
+        // What still waits belongs to sessions that have ended.
+        self.frames.drain(..self.sent);
+        self.sent = 0;
+        let holds = |frame: &TxFrame| frame.payload.map(|payload| slots.holds(payload.attachment));
+        self.frames.retain(|frame| holds(frame) != Some(true));
+        device.reap();
+        if slots.release(device) {
+            self.releasing = None;
+            return false;
+        }
+        let since = *self.releasing.get_or_insert(now);
+        now.since(since) >= session::STUCK_LIMIT
     }
 
     fn now(&self) -> Time {
@@ -700,9 +732,9 @@ impl Core {
     }
 
     /// Makes all that sealing takes, so that no packet has to.
-    fn prepare_sealing(&mut self, capabilities: &Capabilities) -> Result<(), RegionError> {
+    fn prepare_sealing(&mut self, device: &mut dyn Device) -> Result<(), SlotsError> {
         if self.slots.is_none() {
-            self.slots = Some(Slots::new(capabilities)?);
+            self.slots = Some(Slots::new(device)?);
             self.private = vec![0; usize::from(u16::MAX)];
         }
         Ok(())

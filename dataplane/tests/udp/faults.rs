@@ -11,8 +11,9 @@ use genie_dataplane::memory::{Lease, Region};
 use rustix::fs::{MemfdFlags, SealFlags};
 
 use crate::harness::{
-    Node, block_on, config, connect, eventually, outcome, region, rigs, short, transfer,
+    Node, Rig, block_on, config, connect, eventually, outcome, region, rigs, short, transfer,
 };
+use crate::sealed;
 
 #[test]
 fn opening_toward_nobody_fails_with_the_reason() {
@@ -127,6 +128,16 @@ fn a_frame_that_waits_never_carries_another_tensors_bytes() {
 
 #[test]
 fn a_queue_that_never_finishes_frames_is_stopped_and_everybody_is_answered() {
+    dead_queue(connect);
+}
+
+/// Its frames refer to slots, and not to what is sent.
+#[test]
+fn a_queue_that_never_finishes_sealed_frames_is_stopped_too() {
+    dead_queue(sealed::connect);
+}
+
+fn dead_queue(connect: fn(Rig, Rig, Config) -> (Node, Node)) {
     let options = Options {
         completes_on_reap: true,
         ..Options::default()

@@ -4,12 +4,13 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use genie_dataplane::device::Device;
 use genie_dataplane::device::fault::{Faults, FaultyDevice};
-use genie_dataplane::device::pair::{Options, pair};
+use genie_dataplane::device::pair::{Options, PairDevice, pair};
+use genie_dataplane::device::{AttachError, Attachment, Capabilities, Counters, Device, TxFrame};
 use genie_dataplane::engine::udp::Config;
 use genie_dataplane::engine::{OpenError, SealedSnapshot};
 use genie_dataplane::ledger::Copies;
+use genie_dataplane::memory::{Lease, View};
 use genie_dataplane::{Secret, Secrets};
 
 use crate::harness::{
@@ -41,7 +42,7 @@ fn open(a: &Node, b: &Node, seed: u8) {
     });
 }
 
-fn connect<D: Device + Send + 'static>(a: D, b: D, config: Config) -> (Node, Node) {
+pub(crate) fn connect<D: Device + Send + 'static>(a: D, b: D, config: Config) -> (Node, Node) {
     let (a, b) = (Node::start(a, config.clone()), Node::start(b, config));
     open(&a, &b, 1);
     (a, b)
@@ -272,4 +273,56 @@ fn the_ledger_counts_what_sealing_copies() {
         ..Copies::default()
     };
     assert_eq!(received.copies, twice);
+}
+
+#[test]
+fn a_device_that_cannot_send_slots_says_so() {
+    let refusal = "no mapping for it";
+    let (a, b) = pair(&Options::default());
+    let a = Node::start(Refusing(a, refusal), config());
+    let b = Node::start(b, config());
+    for _ in 0..2 {
+        let [ours, _] = secrets(1);
+        let refused = a.open_with(&b, Some(ours));
+        let Err(OpenError::Refused(reason)) = refused else {
+            panic!("{refused:?}");
+        };
+        assert!(reason.contains(refusal), "{reason}");
+    }
+}
+
+/// A device that reaches no memory but its own.
+struct Refusing(PairDevice, &'static str);
+
+impl Device for Refusing {
+    fn capabilities(&self) -> &Capabilities {
+        self.0.capabilities()
+    }
+    fn rx_burst(&mut self, on_frame: &mut dyn FnMut(View<'_>)) -> usize {
+        self.0.rx_burst(on_frame)
+    }
+    fn tx_burst(&mut self, frames: &[TxFrame]) -> usize {
+        self.0.tx_burst(frames)
+    }
+    fn attach(&mut self, _: Lease) -> Result<Attachment, AttachError> {
+        Err(AttachError::Unreachable(self.1.into()))
+    }
+    fn detach(&mut self, attachment: Attachment) -> bool {
+        self.0.detach(attachment)
+    }
+    fn reap(&mut self) {
+        self.0.reap();
+    }
+    fn stop(&mut self) {
+        self.0.stop();
+    }
+    fn counters(&self) -> Counters {
+        self.0.counters()
+    }
+    fn copies(&self) -> Copies {
+        self.0.copies()
+    }
+    fn link_up(&self) -> bool {
+        true
+    }
 }

@@ -52,7 +52,7 @@ const GOODBYE_LIMIT: Duration = Duration::from_millis(100);
 
 /// A device that works gives a frame's memory back within microseconds of
 /// sending it; after this long it never will.
-const STUCK_LIMIT: Duration = Duration::from_secs(1);
+pub(super) const STUCK_LIMIT: Duration = Duration::from_secs(1);
 
 /// After its last transfer a peer keeps its share of the receive ring for so
 /// long: the next one often comes soon.
@@ -977,6 +977,11 @@ impl Session {
         let empty =
             self.incoming.is_empty() && self.outgoing.is_empty() && self.offering.is_empty();
         empty && self.detaching.is_empty() && (told || now.since(since) >= GOODBYE_LIMIT)
+    }
+
+    /// Whether it is over, but for what must still be given back.
+    pub(super) fn is_ended(&self) -> bool {
+        matches!(self.state, State::Ended { .. })
     }
 
     /// Whether the device has kept the memory of an ended session for so long

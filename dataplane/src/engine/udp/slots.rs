@@ -9,7 +9,7 @@
 use genie_proto::seal::TAG_LEN;
 use genie_proto::wire::{HEADER_LEN, PLAIN_LEN};
 
-use crate::device::{Attachment, BURST_MAX, Capabilities, Device, Payload};
+use crate::device::{AttachError, Attachment, BURST_MAX, Device, Payload};
 use crate::memory::{Lease, RegionError, Slab, View};
 
 /// What a slot begins with, so that payloads are aligned like tensors.
@@ -29,6 +29,17 @@ const SPARE_BLOCKS: usize = 2;
 /// largest MTU still enough for four blocks.
 const BYTES_MAX: usize = 16 << 20;
 
+/// Why sealed packets cannot be sent.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum SlotsError {
+    /// There is no memory for them.
+    #[error(transparent)]
+    Memory(#[from] RegionError),
+    /// The device does not take it.
+    #[error(transparent)]
+    Attach(#[from] AttachError),
+}
+
 /// The slots of an engine. Belongs to its thread.
 #[derive(Debug)]
 pub(super) struct Slots {
@@ -43,21 +54,49 @@ pub(super) struct Slots {
 }
 
 impl Slots {
-    /// Enough slots for all frames that the device may hold at a time.
-    pub(super) fn new(capabilities: &Capabilities) -> Result<Self, RegionError> {
+    /// Enough slots for all frames that the device may hold at a time, the
+    /// first of which it can send.
+    pub(super) fn new(device: &mut dyn Device) -> Result<Self, SlotsError> {
+        let capabilities = device.capabilities();
         let slot_bytes = (BEGIN + usize::from(capabilities.mtu) + TAG_LEN).next_multiple_of(ALIGN);
         let block_bytes = slot_bytes * BURST_MAX;
         let wanted = usize::from(capabilities.tx_descriptors).div_ceil(BURST_MAX) + SPARE_BLOCKS;
         let count = wanted.min(BYTES_MAX / block_bytes).max(SPARE_BLOCKS + 2);
+        let slab = Slab::new(count * block_bytes)?;
+        let mut blocks = vec![None; count];
+        // Later ones may have to wait; a device that takes none never will.
+        blocks[0] = Some(slab.attach(0..block_bytes, device)?);
         Ok(Self {
-            slab: Slab::new(count * block_bytes)?,
-            blocks: vec![None; count],
+            slab,
+            blocks,
             slot_bytes,
             current: 0,
             previous: 0,
-            // The first one is attached like any other.
-            used: BURST_MAX,
+            used: 0,
         })
+    }
+
+    /// Whether no frame can refer to any slot.
+    pub(super) fn are_released(&self) -> bool {
+        self.blocks.iter().all(Option::is_none)
+    }
+
+    /// Whether these are slots of a block that frames may refer to.
+    pub(super) fn holds(&self, attachment: Attachment) -> bool {
+        self.blocks.contains(&Some(attachment))
+    }
+
+    /// Takes every block back that the device has done with; returns whether
+    /// these were all.
+    pub(super) fn release(&mut self, device: &mut dyn Device) -> bool {
+        for block in &mut self.blocks {
+            if block.is_some_and(|attachment| device.detach(attachment)) {
+                *block = None;
+            }
+        }
+        // Whoever seals next takes a block first.
+        self.used = BURST_MAX;
+        self.are_released()
     }
 
     /// Makes sure that there is a free slot; false while the device has all.
