@@ -10,7 +10,6 @@
 
 #![deny(unsafe_code)]
 
-pub mod clock;
 pub mod device;
 pub mod dpdk;
 pub mod endpoint;

@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use genie_dataplane::clock::Clock;
+use genie_clock::Clock;
 use genie_hugepages::{PageSize, Pool, Survey, Transparent};
 
 use super::system::{AgentReply, Bind, DpdkLack, PeerReply, System};

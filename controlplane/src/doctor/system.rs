@@ -8,7 +8,7 @@ use std::process::Command;
 use std::time::{Duration, Instant, SystemTime};
 
 use genie_client::{Client, ClientError};
-use genie_dataplane::clock::{self, Clock};
+use genie_clock::Clock;
 use genie_dataplane::dpdk::{self, LoadError};
 use genie_dataplane::memory::accelerator::{self, MemoryKind};
 use genie_hugepages::{Root, Survey};
@@ -195,7 +195,7 @@ impl System for Real {
     }
 
     fn clock(&self) -> Result<Clock, String> {
-        clock::clock().map_err(|error| error.to_string())
+        genie_clock::clock().map_err(|error| error.to_string())
     }
 
     fn offloads(&self, interface: &str) -> Option<String> {

@@ -1,6 +1,6 @@
 //! Whether the kernel takes this host's clock for right.
-
-#![allow(unsafe_code)]
+//!
+//! Called by `genie doctor`, as certificates and logs depend on it.
 
 use std::mem::MaybeUninit;
 use std::time::Duration;
