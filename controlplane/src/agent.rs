@@ -22,6 +22,7 @@ use tokio::io::unix::AsyncFd;
 use tokio::net::{TcpListener, UnixListener};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::Semaphore;
+use tokio::time::timeout;
 
 use crate::application::{self, ApplicationError};
 use crate::config::{Config, ConfigError, DRAIN_LIMIT};
@@ -30,7 +31,7 @@ use crate::frame::FrameError;
 use crate::identity::{CredentialError, Credentials, Identity};
 use crate::metrics;
 use crate::node::{Node, Parts};
-use crate::session::establish;
+use crate::session::{SessionError, establish};
 use crate::status::MetricsStatus;
 use crate::strangers::Strangers;
 use crate::transport::{Attended, Local, Preference, Transport, Transports};
@@ -489,20 +490,22 @@ async fn accept_peers(node: &Arc<Node>, listener: &TcpListener) {
                 continue;
             }
         };
+        let Some(newcomer) = strangers.enter(address.ip()) else {
+            node.identity.count_dropped_stranger();
+            tracing::warn!(%address, "no session: too many others wait for a place");
+            continue;
+        };
         let node = Arc::clone(node);
-        // Given back once the stranger is a peer or is gone.
-        let mut place = strangers.place(address.ip());
         tokio::spawn(async move {
-            tokio::select! {
-                accepted = establish::accept(&node, stream) => {
-                    if let Err(error) = accepted {
-                        tracing::warn!(%address, "no session: {error}");
-                    }
-                }
-                () = place.lost() => {
+            let accepted = match timeout(node.liveness, newcomer.place()).await {
+                Ok(place) => establish::accept(&node, stream, place).await,
+                Err(_) => {
                     node.identity.count_dropped_stranger();
-                    tracing::warn!(%address, "no session: others came before it had introduced itself");
+                    Err(SessionError::Crowded)
                 }
+            };
+            if let Err(error) = accepted {
+                tracing::warn!(%address, "no session: {error}");
             }
         });
     }

@@ -85,6 +85,8 @@ pub struct Node {
     /// When the agent started.
     pub started: Instant,
     live: Mutex<Vec<Arc<Session>>>,
+    /// Peers that were admitted and have no session yet.
+    negotiating: Mutex<Vec<String>>,
     busy: AtomicUsize,
     stopping: watch::Sender<bool>,
 }
@@ -141,6 +143,14 @@ pub struct Parts {
     pub metrics: MetricsStatus,
 }
 
+/// A session that a peer was admitted to and that is not up yet; given up on drop.
+#[derive(Debug)]
+#[must_use = "dropping it gives the session up"]
+pub(crate) struct Negotiating<'a> {
+    node: &'a Node,
+    peer: String,
+}
+
 /// Something under way that a stopping agent waits for.
 #[derive(Debug)]
 pub struct Busy<'a>(&'a AtomicUsize);
@@ -183,6 +193,7 @@ impl Node {
             batches: Semaphore::new(BATCHES_MAX),
             started: Instant::now(),
             live: Mutex::default(),
+            negotiating: Mutex::default(),
             busy: AtomicUsize::new(0),
             stopping: watch::Sender::new(false),
         })
@@ -310,8 +321,20 @@ impl Node {
         }
     }
 
+    /// Admits one session more of a peer that may have so many.
+    pub(crate) fn negotiate(&self, peer: &str, most: u64) -> Option<Negotiating<'_>> {
+        let mut negotiating = self.negotiating();
+        let begun = negotiating.iter().filter(|one| *one == peer).count();
+        if (self.sessions_of(peer) + begun) as u64 >= most {
+            return None;
+        }
+        let peer = peer.to_owned();
+        negotiating.push(peer.clone());
+        Some(Negotiating { node: self, peer })
+    }
+
     /// Sessions that peer has dialled.
-    pub(crate) fn sessions_of(&self, peer: &str) -> usize {
+    fn sessions_of(&self, peer: &str) -> usize {
         let live = self.live();
         let accepted = live
             .iter()
@@ -407,9 +430,23 @@ impl Node {
         self.transports.offers().into_iter().map(one).collect()
     }
 
+    fn negotiating(&self) -> MutexGuard<'_, Vec<String>> {
+        let negotiating = self.negotiating.lock();
+        negotiating.unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn live(&self) -> MutexGuard<'_, Vec<Arc<Session>>> {
         // Nothing here panics while it holds the lock half-changed.
         self.live.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Negotiating<'_> {
+    fn drop(&mut self) {
+        let mut negotiating = self.node.negotiating();
+        if let Some(at) = negotiating.iter().position(|one| *one == self.peer) {
+            negotiating.swap_remove(at);
+        }
     }
 }
 

@@ -86,6 +86,7 @@ fn is_passing(error: &TransferError) -> bool {
             | SessionError::Frame { .. }
             | SessionError::Slow { .. }
             | SessionError::Silent { .. }
+            | SessionError::Crowded
             | SessionError::NoPath { .. }
             | SessionError::Ended(_) => true,
             SessionError::Refused { passing, .. } => *passing,

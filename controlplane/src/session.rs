@@ -159,6 +159,9 @@ pub enum SessionError {
         /// Each transport's reason.
         reasons: String,
     },
+    /// It lost its place to others, before it was known who it is.
+    #[error("others came before it had introduced itself")]
+    Crowded,
     /// The session has ended.
     #[error("{0}")]
     Ended(Arc<str>),

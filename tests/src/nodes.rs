@@ -17,6 +17,7 @@ use genie_controlplane::quota::peer::PeerLimits;
 use genie_controlplane::security::DataSecurity;
 use genie_controlplane::session::establish;
 use genie_controlplane::status::SessionStatus;
+use genie_controlplane::strangers::Strangers;
 use genie_controlplane::transport::{Local, Transport, Transports};
 use genie_dataplane::device::pair::{Options, PairDevice, pair};
 use genie_dataplane::device::{AttachError, Attachment, Capabilities, Counters, Device, TxFrame};
@@ -279,9 +280,14 @@ async fn start(
     }
     let served = Arc::clone(&node);
     tokio::spawn(async move {
-        while let Ok((stream, _)) = listener.accept().await {
+        let strangers = Strangers::default();
+        while let Ok((stream, address)) = listener.accept().await {
             let node = Arc::clone(&served);
-            tokio::spawn(async move { establish::accept(&node, stream).await.map(drop) });
+            let newcomer = strangers.enter(address.ip());
+            tokio::spawn(async move {
+                let place = newcomer.expect("no crowd comes here").place().await;
+                establish::accept(&node, stream, place).await.map(drop)
+            });
         }
     });
     (node, listen, relay)

@@ -15,7 +15,8 @@ use crate::identity::Current;
 use crate::identity::stream::{ControlStream, HandshakeError, late_refusal, linger};
 use crate::message::{Hello, Message};
 use crate::negotiation::{Refusal, better_refused};
-use crate::node::Node;
+use crate::node::{Negotiating, Node};
+use crate::strangers::Place;
 use crate::tensor::check_name;
 
 /// The number of the path that a session begins with.
@@ -89,8 +90,43 @@ pub async fn dial(
     Ok(talk.start(hello, peer, Direction::Dialled, path, refused))
 }
 
-/// Serves a connection that a peer dialled, until the session is up.
-pub async fn accept(node: &Arc<Node>, stream: TcpStream) -> Result<Arc<Session>, SessionError> {
+/// Serves a connection that a peer dialled, until the session is up. The place
+/// among the strangers is given back as soon as it is known whose it is.
+pub async fn accept(
+    node: &Arc<Node>,
+    stream: TcpStream,
+    mut place: Place,
+) -> Result<Arc<Session>, SessionError> {
+    let (mut talk, hello, negotiating) = tokio::select! {
+        met = meet(node, stream) => met?,
+        () = place.lost() => {
+            node.identity.count_dropped_stranger();
+            return Err(SessionError::Crowded);
+        }
+    };
+    drop(place);
+    let peer = facts(&hello, None, &talk.stream);
+    let limit = node.liveness * PATIENCE;
+    let Ok(answered) = timeout(limit, talk.answer_paths(&peer)).await else {
+        let peer = talk.peer.clone();
+        let slow = SessionError::Slow { peer, limit };
+        talk.say_bye(&slow.to_string(), true).await;
+        return Err(slow);
+    };
+    let (path, refused) = match answered {
+        Ok(path) => path,
+        Err(error) => return Err(talk.refuse(error).await),
+    };
+    // From here on it counts as a session.
+    drop(negotiating);
+    Ok(talk.start(hello, peer, Direction::Accepted, path, refused))
+}
+
+/// Introductions with a stranger, each step of which has its time.
+async fn meet(
+    node: &Arc<Node>,
+    stream: TcpStream,
+) -> Result<(Talk<'_>, Hello, Negotiating<'_>), SessionError> {
     let peer = stream
         .peer_addr()
         .map_or_else(|_| "?".to_owned(), |addr| addr.to_string());
@@ -114,27 +150,13 @@ pub async fn accept(node: &Arc<Node>, stream: TcpStream) -> Result<Arc<Session>,
         peer,
         address,
     };
-    let limit = node.liveness * PATIENCE;
-    let agreed = timeout(limit, async {
-        let hello = talk.introduce().await?;
-        talk.admit(&current, &hello.name).await?;
-        talk.peer.clone_from(&hello.name);
-        let peer = facts(&hello, None, &talk.stream);
-        let (path, refused) = talk.answer_paths(&peer).await?;
-        Ok((hello, peer, path, refused))
-    });
-    let agreed = agreed.await;
-    let Ok(agreed) = agreed else {
-        let peer = talk.peer.clone();
-        let slow = SessionError::Slow { peer, limit };
-        talk.say_bye(&slow.to_string(), true).await;
-        return Err(slow);
-    };
-    let (hello, peer, path, refused) = match agreed {
-        Ok(agreed) => agreed,
+    let hello = match talk.introduce().await {
+        Ok(hello) => hello,
         Err(error) => return Err(talk.refuse(error).await),
     };
-    Ok(talk.start(hello, peer, Direction::Accepted, path, refused))
+    let negotiating = talk.admit(&current, &hello.name).await?;
+    talk.peer.clone_from(&hello.name);
+    Ok((talk, hello, negotiating))
 }
 
 impl Line for Talk<'_> {
@@ -159,7 +181,7 @@ fn facts(hello: &Hello, control: Option<SocketAddr>, stream: &ControlStream) -> 
     }
 }
 
-impl Talk<'_> {
+impl<'a> Talk<'a> {
     async fn introduce(&mut self) -> Result<Hello, SessionError> {
         let limit = self.node.liveness;
         // Small messages that the other waits for.
@@ -195,7 +217,11 @@ impl Talk<'_> {
     }
 
     /// Whether the peer that introduced itself so may open a session.
-    async fn admit(&mut self, current: &Current, name: &str) -> Result<(), SessionError> {
+    async fn admit(
+        &mut self,
+        current: &Current,
+        name: &str,
+    ) -> Result<Negotiating<'a>, SessionError> {
         let ours = &self.node.name;
         let limits = self.node.peer_quotas.limits(name);
         let (reason, passing) = if let (Some(credentials), Some(chain)) =
@@ -211,15 +237,15 @@ impl Talk<'_> {
             let reason =
                 format!("node '{ours}' does not allow '{name}': it takes --allow {name} there");
             (reason, false)
-        } else if self.node.sessions_of(name) as u64 >= limits.sessions {
+        } else if let Some(negotiating) = self.node.negotiate(name, limits.sessions) {
+            return Ok(negotiating);
+        } else {
             let most = limits.sessions;
             let reason = format!(
                 "'{name}' has {most} sessions with node '{ours}' already: close some, or start \
                  the agent there with a larger --peer-sessions"
             );
             (reason, true)
-        } else {
-            return Ok(());
         };
         self.node.identity.count_refused_peer();
         self.say_bye(&reason, passing).await;
@@ -466,10 +492,16 @@ mod tests {
     use super::*;
     use crate::message::Instance;
     use crate::session::testing;
+    use crate::strangers::Strangers;
     use crate::transport::Transport;
     use genie_dataplane::SessionId;
     use genie_dataplane::tcp::Token;
     use tokio::net::TcpListener;
+
+    async fn place() -> Place {
+        let newcomer = Strangers::default().enter([127, 0, 0, 1].into());
+        newcomer.expect("nobody else is there").place().await
+    }
 
     #[tokio::test]
     async fn a_hello_that_is_not_understood_is_answered_with_the_reason() {
@@ -486,7 +518,7 @@ mod tests {
             frame::read(&mut stream, frame::BODY_MAX).await.unwrap()
         });
         let (stream, _) = listener.accept().await.unwrap();
-        accept(&node, stream).await.unwrap_err();
+        accept(&node, stream, place().await).await.unwrap_err();
         let Message::Bye { reason, .. } = future.await.unwrap() else {
             panic!("no goodbye");
         };
@@ -498,7 +530,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_stranger_that_never_gets_anywhere_loses_its_place() {
+    async fn a_peer_that_never_gets_anywhere_is_given_up() {
         let node = testing::node();
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
@@ -529,8 +561,22 @@ mod tests {
             }
         });
         let (stream, _) = listener.accept().await.unwrap();
-        let refused = accept(&node, stream).await.unwrap_err();
+        let strangers = Strangers::default();
+        let newcomer = strangers.enter([127, 0, 0, 1].into()).unwrap();
+        let accepted = tokio::spawn({
+            let (node, place) = (Arc::clone(&node), newcomer.place().await);
+            async move { accept(&node, stream, place).await }
+        });
+        // It is no stranger any more, and counts against its own limit, of one.
+        while strangers.count() > 0 {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        assert!(!accepted.is_finished());
+        assert!(node.negotiate("b", 1).is_none());
+        assert!(node.negotiate("c", 1).is_some());
+        let refused = accepted.await.unwrap().unwrap_err();
         assert!(matches!(refused, SessionError::Slow { .. }), "{refused}");
+        assert!(node.negotiate("b", 1).is_some());
         assert!(stranger.await.unwrap().contains("had not agreed on a path"));
     }
 }
