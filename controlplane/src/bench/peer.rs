@@ -167,8 +167,9 @@ impl Peer {
             }
             Request::Iperf3 => Ok(Reply::Port(iperf3::serve_once()?)),
             Request::RawDevice { device, work } => {
+                let pool = self.pool.clone().ok_or(BenchError::Garbage)?;
                 self.channel.send(&Reply::Ready)?;
-                let received = raw::receive(&device, &work)?;
+                let received = raw::receive(&device, &work, &pool)?;
                 Ok(Reply::Frames(received))
             }
             Request::RawPong { device } => {

@@ -129,6 +129,12 @@ impl Pool {
         self.whole.is_empty()
     }
 
+    /// Its first `bytes`.
+    pub fn first(&self, bytes: usize) -> Result<Lease, BenchError> {
+        let outside = |_| BenchError::TooLarge(bytes as u64);
+        self.whole.slice(0..bytes as u64).map_err(outside)
+    }
+
     /// Block number `number` of a row.
     pub fn block(&self, layout: &Layout, number: u64) -> Result<Lease, BenchError> {
         let start = layout.offset(number);

@@ -16,7 +16,7 @@ use crate::bench::BenchError;
 use crate::bench::carriers::{Kind, dpdk_options};
 use crate::bench::environment::cpu_time;
 use crate::bench::measure::{Carrier, Slot};
-use crate::bench::pool;
+use crate::bench::pool::{self, Pool};
 
 /// Ethernet, IPv6, UDP and Genie's data header: what a frame of the engine has
 /// in front of its payload.
@@ -253,19 +253,20 @@ fn wait_for_link(port: &Port) -> Result<(), BenchError> {
     Ok(())
 }
 
-/// Sends frames until `stop` says so. `opened` is called
-/// between opening the device, so that this is the first end of a pair, and
-/// waiting for the other end.
+/// Sends frames out of `pool` until `stop` says so. `opened` is called between
+/// opening the device, so that this is the first end of a pair, and waiting for
+/// the other end.
 pub fn send(
     device: &str,
     work: &Work,
+    pool: &Pool,
     opened: impl FnOnce() -> Result<(), BenchError>,
     mut stop: impl FnMut() -> Result<bool, BenchError>,
 ) -> Result<Sent, BenchError> {
     let mut port = open(device)?;
     opened()?;
     wait_for_link(&port)?;
-    let lease = Lease::whole(Region::allocate(work.region_bytes)?.0);
+    let lease = pool.first(work.region_bytes)?;
     pool::fill(&lease, work.salt, 0);
     let refused = |error| BenchError::Engine(Kind::Dpdk, format!("{error}"));
     let attachment = port.attach(lease.clone()).map_err(refused)?;
@@ -307,11 +308,11 @@ pub fn send(
     })
 }
 
-/// Receives frames, and counts them.
-pub fn receive(device: &str, work: &Work) -> Result<Received, BenchError> {
+/// Receives frames into `pool`, and counts them.
+pub fn receive(device: &str, work: &Work, pool: &Pool) -> Result<Received, BenchError> {
     let mut port = open(device)?;
     wait_for_link(&port)?;
-    let lease = Lease::whole(Region::allocate(work.region_bytes)?.0);
+    let lease = pool.first(work.region_bytes)?;
     // Present before the clock starts, and nothing that was sent.
     pool::fill(&lease, work.salt + 1, 0);
     let mut bad = 0u64;

@@ -302,12 +302,13 @@ impl Bench<'_> {
     }
 
     fn measure_raw_device(&mut self, what: raw::Use, cold: bool) -> Result<(), BenchError> {
-        let layout = self.next_layout(&PlannedRow {
+        let row = PlannedRow {
             op: Op::Send,
             block_size: RAW_BLOCK,
-            batch_size: 1,
+            batch_size: self.args.batch_size.into(),
             cold,
-        });
+        };
+        let layout = self.next_layout(&row);
         let work = raw::Work {
             what,
             region_bytes: layout.bytes() as usize,
@@ -316,6 +317,9 @@ impl Bench<'_> {
             repeats: self.plan.repeats,
         };
         let mut other = self.connect()?;
+        // What the rows have, as the kind of pages follows from how much it is.
+        let rows: Vec<PlannedRow> = self.plan.rows.iter().copied().chain([row]).collect();
+        let pool = self.take_memory(&mut other, &rows)?;
         let device = pair_of(&other)?;
         let channel = std::cell::RefCell::new(&mut other.channel);
         let opened = || {
@@ -334,7 +338,7 @@ impl Bench<'_> {
             }
             Some(reply) => Err(unexpected(reply)),
         };
-        let sent = raw::send(&device, &work, opened, stop)?;
+        let sent = raw::send(&device, &work, &pool, opened, stop)?;
         let received = received.ok_or(BenchError::PeerGone)?;
         let gigabytes = |frames: u64| (frames * raw::PAYLOAD_BYTES as u64) as f64 / 1e9;
         let rates = received.repeats.iter();
@@ -353,6 +357,7 @@ impl Bench<'_> {
             op: "frames".into(),
             transport: "dpdk".into(),
             device: Some(format!("{} → {}", sent.driver, received.driver)),
+            memory: Some(pool.pages().into()),
             cold,
             block_size: raw::PAYLOAD_BYTES as u64,
             batch_size: 32,
