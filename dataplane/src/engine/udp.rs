@@ -813,23 +813,27 @@ impl Core {
                 continue;
             }
             for session in self.sessions.values_mut().skip(skip).take(take) {
-                let room = BURST_MAX - self.frames.len();
-                if room == 0 {
+                let most = BURST_MAX.min(self.frames.len() + share);
+                if self.frames.len() == BURST_MAX {
                     return;
                 }
                 self.turn += 1;
                 let mut slots = self.slots.as_mut().filter(|_| session.is_sealed());
-                let starved = &mut self.starved;
-                let frames = std::iter::from_fn(|| {
+                while self.frames.len() < most {
                     if let Some(slots) = &mut slots
                         && !slots.prepare(device)
                     {
-                        *starved = true;
-                        return None;
+                        self.starved = true;
+                        break;
                     }
-                    session.poll_transmit(now, slots.as_deref_mut())
-                });
-                self.frames.extend(frames.take(share.min(room)));
+                    // Written where it stays: a frame has room for a whole packet.
+                    self.frames.push(TxFrame::default());
+                    let frame = self.frames.last_mut().expect("pushed just now");
+                    if !session.poll_transmit(now, slots.as_deref_mut(), frame) {
+                        self.frames.pop();
+                        break;
+                    }
+                }
             }
         }
     }

@@ -70,12 +70,20 @@ impl Connection {
             self.limited |= full && self.has_data();
             return None;
         }
-        let transmit = self
+        let message = self
             .next_control(now)
-            .or_else(|| self.next_offer(now, &mut crc))
-            .or_else(|| self.next_data(now, crc))?;
+            .or_else(|| self.next_offer(now, &mut crc));
+        if message.is_some() {
+            self.extra = self.extra.saturating_sub(1);
+            return message;
+        }
+        let (header, payload) = self.next_data(now, crc)?;
         self.extra = self.extra.saturating_sub(1);
-        Some(transmit)
+        // Made where it is returned from: to move it is to copy all its room.
+        let mut head = ArrayVec::new();
+        head.try_extend_from_slice(&header)
+            .expect("a header fits a head");
+        Some(Transmit { head, payload })
     }
 
     pub(super) fn has_data(&self) -> bool {
@@ -127,7 +135,12 @@ impl Connection {
         self.controls.pop_front()
     }
 
-    fn next_data(&mut self, now: Time, mut crc: impl FnMut(Segment) -> u32) -> Option<Transmit> {
+    /// The header of the next data packet, and what follows it.
+    fn next_data(
+        &mut self,
+        now: Time,
+        mut crc: impl FnMut(Segment) -> u32,
+    ) -> Option<([u8; HEADER_LEN], Option<Segment>)> {
         let next = self.sending.next(self.config.segment_max())?;
         let segment = next.segment;
         let payload_crc = if segment.len == 0 { 0 } else { crc(segment) };
@@ -151,13 +164,8 @@ impl Connection {
             .push(now, HEADER_LEN as u32 + segment.len, content);
         self.stats.packets_sent += 1;
         self.stats.bytes_sent += u64::from(segment.len);
-        let mut head = ArrayVec::new();
-        head.try_extend_from_slice(&header.encode(payload_crc))
-            .expect("a header fits a head");
-        Some(Transmit {
-            head,
-            payload: (segment.len > 0).then_some(segment),
-        })
+        let payload = (segment.len > 0).then_some(segment);
+        Some((header.encode(payload_crc), payload))
     }
 
     fn next_offer(&mut self, now: Time, crc: &mut impl FnMut(Segment) -> u32) -> Option<Transmit> {

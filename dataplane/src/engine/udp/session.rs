@@ -557,12 +557,14 @@ impl Session {
         (due || question.is_some(), question)
     }
 
-    /// The next frame to send; `slots` has a free one where packets are sealed.
+    /// Writes the next frame to send into an empty one, if there is something to
+    /// send; `slots` has a free one where packets are sealed.
     pub(super) fn poll_transmit(
         &mut self,
         now: Time,
         slots: Option<&mut Slots>,
-    ) -> Option<TxFrame> {
+        frame: &mut TxFrame,
+    ) -> bool {
         let Self {
             connection,
             outgoing,
@@ -577,15 +579,25 @@ impl Session {
             (None, _) => None,
             (Some(security), Some(slots)) => Some((security, slots)),
             // Nothing of such a session ever leaves as it is.
-            (Some(_), None) => return None,
+            (Some(_), None) => return false,
         };
-        let flow = flow.as_ref()?;
+        let Some(flow) = flow else { return false };
+        let mut payload = None;
         let crc = |segment: Segment| {
             let (start, len) = (segment.offset as usize, segment.len as usize);
             if let Some(number) = segment.transfer.offer_number() {
                 return integrity.checksum(|| offering.crc32c(number));
             }
-            let from = &outgoing[&segment.transfer].from;
+            let transfer = outgoing
+                .get_mut(&segment.transfer)
+                .expect("the connection sends only transfers it was given");
+            transfer.handed += len as u64;
+            payload = Some(Payload {
+                attachment: transfer.attachment,
+                offset: segment.offset,
+                len: segment.len,
+            });
+            let from = &transfer.from;
             // Sealed payloads are read in any case.
             let loaded = sealing
                 .as_mut()
@@ -596,9 +608,9 @@ impl Session {
             if let State::Ended { told, .. } = &mut self.state {
                 *told = true;
             }
-            return None;
+            return false;
         };
-        let mut frame = TxFrame::default();
+        frame.payload = payload;
         let payload_len = transmit.payload.map_or(0, |segment| segment.len as usize);
         let tag = if sealing.is_some() { TAG_LEN } else { 0 };
         flow.write_headers(&mut frame.head, transmit.head.len() + payload_len + tag);
@@ -610,23 +622,13 @@ impl Session {
         if let Some(segment) = transmit.payload
             && let Some(number) = segment.transfer.offer_number()
         {
-            *copied_bytes += offering.fill(number, &mut frame);
-        } else if let Some(segment) = transmit.payload {
-            let transfer = outgoing
-                .get_mut(&segment.transfer)
-                .expect("the connection sends only transfers it was given");
-            transfer.handed += u64::from(segment.len);
-            frame.payload = Some(Payload {
-                attachment: transfer.attachment,
-                offset: segment.offset,
-                len: segment.len,
-            });
+            *copied_bytes += offering.fill(number, frame);
         }
         if let Some((security, slots)) = sealing {
             *copied_bytes += frame.payload.map_or(0, |payload| u64::from(payload.len));
-            security.seal(&mut frame, begin, slots);
+            security.seal(frame, begin, slots);
         }
-        Some(frame)
+        true
     }
 
     /// Turns what the protocol reports into completions.
