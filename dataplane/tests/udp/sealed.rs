@@ -264,15 +264,15 @@ fn the_ledger_counts_what_sealing_copies() {
     let (a, b) = connect(a, b, config());
     let bytes = random_bytes(&mut fastrand::Rng::with_seed(5), 1_000_000);
     let (sent, received) = transfer(&a, &b, &bytes);
-    assert_eq!(sent.retransmits, 0, "nothing is lost here");
     // Into the slot where it is sealed; out of the packet to be opened, and on.
+    // On a busy machine an answer may be late, and a segment go out again.
+    let again = sent.retransmits * 9000;
     let once = bytes.len() as u64;
-    assert_eq!(sent.copies.genie, once);
-    let twice = Copies {
-        genie: 2 * once,
-        ..Copies::default()
-    };
-    assert_eq!(received.copies, twice);
+    let (sent, received) = (sent.copies, received.copies);
+    assert!((once..=once + again).contains(&sent.genie), "{sent:?}");
+    let twice = 2 * once..=2 * (once + again);
+    assert!(twice.contains(&received.genie), "{received:?}");
+    assert_eq!((received.driver, received.kernel), (0, 0));
 }
 
 #[test]
