@@ -242,14 +242,14 @@ fn without_huge_pages_some_can_be_reserved_as_it_says() {
     assert!(reserved.contains("64"), "{reserved}");
 }
 
-/// Somebody who introduces himself as of versions 3 to 5, `times` times.
+/// Somebody who introduces himself as of versions 60000 to 60002, `times` times.
 fn newer_peer(times: usize) -> (SocketAddr, std::thread::JoinHandle<()>) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap();
     let thread = std::thread::spawn(move || {
         for _ in 0..times {
             let (mut stream, _) = listener.accept().unwrap();
-            stream.write_all(b"GNIE\0\x03\0\x05").unwrap();
+            stream.write_all(b"GNIE\xea\x60\xea\x62").unwrap();
             let _ = stream.read(&mut [0; 8]);
         }
     });
@@ -268,7 +268,7 @@ fn a_peer_of_another_version_is_named_and_one_of_ours_is_not() {
     let peer = find(&before, &format!("peer {address}"));
     assert_eq!(peer["state"], "broken");
     assert!(
-        peer["why"].as_str().unwrap().contains("versions 3 to 5"),
+        peer["why"].as_str().unwrap().contains("versions 60000 to 60002"),
         "{peer}"
     );
     assert_eq!(mend(peer)[0], "scp");
@@ -297,7 +297,7 @@ fn an_agent_says_why_it_has_no_session_with_a_peer_of_another_version() {
     let peer = find(&report, "peer b");
     assert_eq!(peer["state"], "broken");
     assert!(
-        peer["why"].as_str().unwrap().contains("versions 3 to 5"),
+        peer["why"].as_str().unwrap().contains("versions 60000 to 60002"),
         "{peer}"
     );
 }
