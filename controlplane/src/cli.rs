@@ -24,6 +24,7 @@ use genie_dataplane::memory::accelerator::AcceleratorError;
 use genie_dataplane::stage::StartError;
 use serde::Serialize;
 use tracing_subscriber::EnvFilter;
+use tracing_subscriber::fmt::writer::BoxMakeWriter;
 
 use ca::CaCommand;
 use doctor::DoctorArgs;
@@ -224,11 +225,8 @@ pub fn main() -> ExitCode {
         Ok(cli) => cli,
         Err(error) => error.exit(),
     };
-    let default = if matches!(cli.command, Command::Agent(_)) {
-        "info"
-    } else {
-        "warn"
-    };
+    let is_agent = matches!(cli.command, Command::Agent(_));
+    let default = if is_agent { "info" } else { "warn" };
     let filter = match EnvFilter::try_new(cli.log.as_deref().unwrap_or(default)) {
         Ok(filter) => filter,
         Err(error) => {
@@ -236,9 +234,15 @@ pub fn main() -> ExitCode {
             return ExitCode::from(2);
         }
     };
+    let (writer, _written) = if is_agent {
+        let (writer, guard) = log::stderr_in_background();
+        (BoxMakeWriter::new(writer), Some(guard))
+    } else {
+        (BoxMakeWriter::new(log::stderr), None)
+    };
     tracing_subscriber::fmt()
         .with_env_filter(filter)
-        .with_writer(log::stderr)
+        .with_writer(writer)
         .init();
     match run(cli.command, cli.json) {
         Ok(()) => ExitCode::SUCCESS,

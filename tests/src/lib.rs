@@ -257,6 +257,16 @@ impl Agent {
         std::fs::read_dir(folder).expect("it runs").count()
     }
 
+    /// Waits until it has logged this.
+    ///
+    /// # Panics
+    /// If it does not.
+    pub fn assert_logs(&self, text: &str) {
+        eventually(&format!("'{text}' is logged"), || {
+            self.log().contains(text).then_some(())
+        });
+    }
+
     /// What it logged so far.
     pub fn log(&self) -> String {
         format!("--- log of {} ---\n{}", self.name, read_log(&self.log))

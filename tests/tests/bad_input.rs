@@ -388,7 +388,7 @@ fn an_agent_that_strangers_can_reach_says_so() {
     );
     let warning = agent.status()["warning"].as_str().unwrap().to_owned();
     assert!(warning.contains("not authenticated"), "{warning}");
-    assert!(agent.log().contains("not authenticated"));
+    agent.assert_logs("not authenticated");
 }
 
 #[test]

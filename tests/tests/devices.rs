@@ -119,7 +119,7 @@ fn two_agents_over_memif_with_its_faults_said() {
         ] {
             assert!(cautions.contains(word), "{cautions}");
         }
-        assert!(agent.log().contains("may crash this agent"));
+        agent.assert_logs("may crash this agent");
         let shown = agent.genie(&["status"]).stdout;
         assert!(shown.contains("may crash this agent"), "{shown}");
     }

@@ -268,7 +268,10 @@ fn a_peer_of_another_version_is_named_and_one_of_ours_is_not() {
     let peer = find(&before, &format!("peer {address}"));
     assert_eq!(peer["state"], "broken");
     assert!(
-        peer["why"].as_str().unwrap().contains("versions 60000 to 60002"),
+        peer["why"]
+            .as_str()
+            .unwrap()
+            .contains("versions 60000 to 60002"),
         "{peer}"
     );
     assert_eq!(mend(peer)[0], "scp");
@@ -297,7 +300,10 @@ fn an_agent_says_why_it_has_no_session_with_a_peer_of_another_version() {
     let peer = find(&report, "peer b");
     assert_eq!(peer["state"], "broken");
     assert!(
-        peer["why"].as_str().unwrap().contains("versions 60000 to 60002"),
+        peer["why"]
+            .as_str()
+            .unwrap()
+            .contains("versions 60000 to 60002"),
         "{peer}"
     );
 }

@@ -40,7 +40,7 @@ fn both_ends_show_the_same_reason_for_not_taking_dpdk() {
         assert_eq!(session["reasons"], reasons);
         assert_eq!(session["path"], "tcp");
         assert_eq!(session["direction"], direction);
-        assert!(agent.log().contains("no device was given"));
+        agent.assert_logs("no device was given");
     }
     let transports = a.status()["transports"].clone();
     let dpdk = transports

@@ -148,9 +148,7 @@ fn an_agent_that_is_told_to_stop_gives_up_trying_again() {
     client.set_patience(None, Some(long)).unwrap();
     std::thread::scope(|scope| {
         let get = scope.spawn(|| failed(client.get(Some("b"), "m", Memory::Auto)));
-        eventually("it tries again", || {
-            a.log().contains("trying again").then_some(())
-        });
+        a.assert_logs("trying again");
         a.signal(Signal::TERM);
         let (kind, message) = get.join().unwrap();
         assert_eq!(kind, FailureKind::Stopping, "{message}");

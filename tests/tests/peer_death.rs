@@ -1,11 +1,13 @@
 //! Peers and programs that die or fall silent in the middle: an error in time,
 //! nothing half-kept, everything given back.
 
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use genie_tests::model::{self, Tensor};
-use genie_tests::{Agent, GENEROUS, Running, eventually};
+use genie_tests::{Agent, GENEROUS, Running, clean, eventually, genie_path};
+use rustix::fs::{CWD, FileType, Mode};
 use rustix::process::Signal;
 
 const TENSORS: u64 = 64;
@@ -180,6 +182,33 @@ fn a_killed_program_gives_its_put_up_and_its_arena_back() {
     a.json(&["put", text(&small_file(folder.path())), "b:small"]);
     let sessions = a.status()["sessions"].clone();
     assert_eq!(sessions[0]["requests"], 0, "{sessions}");
+}
+
+#[test]
+fn an_agent_whose_log_nobody_takes_works_and_ends() {
+    let folder = tempfile::tempdir().unwrap();
+    let pipe = folder.path().join("log");
+    let mode = Mode::RUSR | Mode::WUSR;
+    rustix::fs::mknodat(CWD, &pipe, FileType::Fifo, mode, 0).unwrap();
+    let options = std::fs::File::options().read(true).write(true).clone();
+    let mut log = options.open(&pipe).unwrap();
+    rustix::io::ioctl_fionbio(&log, true).unwrap();
+    while log.write(&[b'.'; 4096]).is_ok() {}
+
+    let mut genie = std::process::Command::new("sh");
+    clean(&mut genie);
+    let stuck = "exec \"$0\" \"$@\" 2> \"$LOG\"";
+    genie
+        .args(["-c", stuck])
+        .arg(genie_path())
+        .env("LOG", &pipe);
+    let b = Agent::start(folder.path(), "b", &[]);
+    let peer = b.as_peer();
+    let args = ["--transport=tcp", &peer];
+    let mut a = Agent::start_from(genie, folder.path(), "a", &args);
+    let file = small_file(folder.path());
+    a.json(&["put", text(&file), "b:small"]);
+    assert_eq!(a.stop().code(), Some(0));
 }
 
 #[test]
