@@ -282,6 +282,13 @@ fn puts_go_over_tcp_while_vhost_is_closed_and_return_to_the_device() {
     for one in &moved {
         assert_eq!(one["digest"], first["digest"], "{one}");
     }
+    // A session that has nothing to do notices it as well.
+    let away = folder.path().join("away");
+    std::fs::rename(&socket, &away).unwrap();
+    part([&a, &b], folder.path());
+    over("tcp");
+    std::fs::rename(&away, &socket).unwrap();
+    over("dpdk");
     let paths = moved.iter().filter(|one| one["path"] == "tcp").count();
     assert!(
         0 < paths && paths < moved.len(),

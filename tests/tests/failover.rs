@@ -129,6 +129,27 @@ fn a_put_whose_device_path_dies_goes_on_over_tcp_and_later_returns() {
 }
 
 #[test]
+fn an_idle_session_leaves_a_dead_device_before_it_is_needed_and_returns() {
+    let nodes = Nodes::start(&Setup::default());
+    let Nodes { a, b, cable, .. } = &nodes;
+    nodes.runtime.block_on(a.session("b")).unwrap();
+    // Silence alone is no fault, however long it lasts.
+    std::thread::sleep(Duration::from_millis(3500));
+    assert_eq!(session(a).path_changes, 0);
+    cable.cut();
+    eventually("both know", || {
+        let paths = [a, b].map(|node| session(node).path);
+        (paths == ["tcp", "tcp"]).then_some(())
+    });
+    let change = &session(a).changes[0];
+    assert!(change.reason.contains("nothing heard for 1s"), "{change:?}");
+    cable.mend();
+    eventually("the session returns to the device", || {
+        session(a).path.starts_with("dpdk:").then_some(())
+    });
+}
+
+#[test]
 fn a_get_goes_on_too() {
     let nodes = Nodes::start(&Setup::default());
     let source = source("x", 160 * MIB, 3);

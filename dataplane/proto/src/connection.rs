@@ -87,6 +87,8 @@ pub struct Connection {
     /// When the peer was last heard, or something began to be under way. None
     /// while nothing is.
     alive: Option<Time>,
+    /// When the peer was last heard, if ever.
+    heard: Option<Time>,
     /// When a transfer last moved, or one began. None while none is under way.
     moved: Option<Time>,
     events: VecDeque<Event>,
@@ -190,6 +192,7 @@ impl Connection {
             probe_wanted: false,
             tokens: config.seed,
             alive: None,
+            heard: None,
             moved: None,
             events: VecDeque::new(),
             stats: Stats::default(),

@@ -3,7 +3,8 @@
 use std::time::Duration;
 
 use genie_proto::wire::{
-    Ack, AckRange, Body, Done, DoneAck, FLAG_FIN, HEADER_LEN, Header, Kind, ProbeAck, Reset, Scope,
+    Ack, AckRange, Body, Done, DoneAck, FLAG_FIN, HEADER_LEN, Header, Kind, Probe, ProbeAck, Reset,
+    Scope,
 };
 use genie_proto::{
     CloseReason, Config, Connection, Digest, DropCause, Event, FailReason, PathLostReason, Segment,
@@ -26,9 +27,12 @@ struct Script {
 
 impl Script {
     fn new() -> Self {
-        let connection = Connection::new(Config::default(), LOCAL, SessionId(0xb), Time(0));
+        Self::with(Config::default())
+    }
+
+    fn with(config: Config) -> Self {
         Self {
-            connection,
+            connection: Connection::new(config, LOCAL, SessionId(0xb), Time(0)),
             memory: vec![0; 1 << 20],
             number: 0,
             now: Time(0),
@@ -87,6 +91,19 @@ impl Script {
         let body = (header.kind != Kind::Data)
             .then(|| Body::parse(header.kind, &transmit.head[HEADER_LEN..]).unwrap());
         Some((header, body))
+    }
+
+    /// The peer asks for a sign of life and hears it; returns when it spoke last.
+    fn be_probed(&mut self) -> Time {
+        self.control(ID, &Body::Probe(Probe { token: 5 }));
+        let sent: Vec<_> = std::iter::from_fn(|| self.transmit()).collect();
+        let (header, _) = sent.last().expect("an answer");
+        self.control(ID, &ack(header.packet_number, header.packet_number));
+        let heard = self.now;
+        self.now = heard + Duration::from_millis(1);
+        self.connection.handle_timeout(self.now);
+        while self.transmit().is_some() {}
+        heard
     }
 
     fn events(&mut self) -> Vec<Event> {
@@ -452,6 +469,49 @@ fn an_idle_connection_has_no_timer() {
     assert_eq!(script.connection.poll_timeout(), None);
     script.connection.handle_timeout(Time(u64::MAX / 2));
     assert_eq!(script.events(), []);
+}
+
+#[test]
+fn an_idle_peer_is_probed_and_its_path_given_up_if_it_stays_silent() {
+    let second = Duration::from_secs(1);
+    let mut script = Script::with(Config {
+        idle_probe: Some(second),
+        ..Config::default()
+    });
+    assert_eq!(
+        script.connection.poll_timeout(),
+        None,
+        "nobody was heard yet"
+    );
+    let mut heard = script.be_probed();
+    for answered in [true, true, false] {
+        assert_eq!(script.connection.poll_timeout(), Some(heard + second));
+        script.now = heard + second;
+        script.connection.handle_timeout(script.now);
+        let (header, body) = script.transmit().expect("a probe");
+        let Some(Body::Probe(probe)) = body else {
+            panic!("{body:?}")
+        };
+        assert_eq!(script.transmit(), None);
+        if answered {
+            script.now = script.now + Duration::from_millis(1);
+            script.control(ID, &ack(header.packet_number, header.packet_number));
+            script.control(ID, &Body::ProbeAck(ProbeAck { token: probe.token }));
+            heard = script.be_probed();
+            assert_eq!(script.events(), []);
+        }
+    }
+    let began = script.now;
+    let mut events = Vec::new();
+    while events.is_empty() {
+        while script.transmit().is_some() {}
+        script.now = script.connection.poll_timeout().expect("a timer runs");
+        script.connection.handle_timeout(script.now);
+        events = script.events();
+    }
+    let reason = PathLostReason::Silent(Duration::from_secs(2));
+    assert_eq!(events, [Event::PathLost { reason }]);
+    assert_eq!(script.now, began + Duration::from_secs(2));
 }
 
 #[test]

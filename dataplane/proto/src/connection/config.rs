@@ -36,6 +36,9 @@ pub struct Config {
     /// Silence after which the path is lost, counted while something is under way.
     /// A probe is sent after a quarter of it.
     pub idle_limit: Duration,
+    /// How long the peer may stay unheard while nothing is under way before it is
+    /// probed, so that a dead path is found before it is needed. None: never.
+    pub idle_probe: Option<Duration>,
     /// How long transfers may be under way without one byte of them being
     /// applied or acknowledged. A path that carries small packets only, or a
     /// peer that answers but does nothing, is lost after that.
@@ -87,6 +90,7 @@ impl Default for Config {
             pto_max: Duration::from_millis(250),
             pto_limit: 20,
             idle_limit: Duration::from_secs(2),
+            idle_probe: None,
             progress_limit: Duration::from_secs(30),
             integrity: Integrity::Digest,
             congestion: Algorithm::Tolerant,

@@ -81,6 +81,7 @@ impl Connection {
             self.moved = Some(now);
         }
         self.stats.packets_received += 1;
+        self.heard = Some(now);
         if let Some(alive) = &mut self.alive {
             *alive = now;
         }

@@ -168,7 +168,10 @@ impl Connection {
         if self.sent.in_flight() > 0 || self.probe_due {
             return None;
         }
-        Some(self.alive? + self.keepalive())
+        match self.alive {
+            Some(at) => Some(at + self.keepalive()),
+            None => Some(self.heard? + self.config.idle_probe?),
+        }
     }
 
     fn keepalive(&self) -> Duration {

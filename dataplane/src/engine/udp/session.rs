@@ -255,6 +255,7 @@ impl Session {
             receive_credit: u32::from(own.credit),
             remote_credit: u32::from(remote.local.credit),
             idle_limit: opening.limit,
+            idle_probe: Some(opening.limit / 2),
             integrity: own.integrity,
             offers: own.offers.slots,
             offer_len_max: own.offers.len_max,
