@@ -4,6 +4,7 @@ use std::io::{Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 
 /// Passes connections on; its threads end with them, and with the process.
 #[derive(Clone, Debug)]
@@ -15,7 +16,11 @@ pub struct Relay {
 /// What it does beside passing on.
 #[derive(Debug, Default)]
 struct Meddling {
+    passed: AtomicU64,
     cut: Countdown,
+    /// Whether connections made after a cut wait, and whether they do now.
+    waits: AtomicBool,
+    shut: AtomicBool,
     flip: Countdown,
     marker: OnceLock<Vec<u8>>,
     seen: AtomicBool,
@@ -48,6 +53,9 @@ impl Relay {
         let meddling = Arc::clone(&relay.meddling);
         std::thread::spawn(move || {
             for near in listener.incoming() {
+                while meddling.shut.load(Ordering::SeqCst) {
+                    std::thread::sleep(Duration::from_millis(1));
+                }
                 let ends = near.and_then(|near| Ok((near, TcpStream::connect(target)?)));
                 let Ok((near, far)) = ends else { continue };
                 let ways = [(&near, &far), (&far, &near)];
@@ -76,6 +84,29 @@ impl Relay {
         self.meddling.cut.0.store(bytes, Ordering::SeqCst);
     }
 
+    /// [`Relay::cut_one_after`], and lets nobody connect after that until
+    /// [`Relay::open`].
+    pub fn cut_and_shut_after(&self, bytes: u64) {
+        self.meddling.waits.store(true, Ordering::SeqCst);
+        self.cut_one_after(bytes);
+    }
+
+    /// Whether it was cut, and nobody gets through since.
+    pub fn is_shut(&self) -> bool {
+        self.meddling.shut.load(Ordering::SeqCst)
+    }
+
+    /// Lets everybody through again, and cuts nothing any more.
+    pub fn open(&self) {
+        self.cut_one_after(0);
+        self.meddling.shut.store(false, Ordering::SeqCst);
+    }
+
+    /// How many bytes it took in so far.
+    pub fn passed(&self) -> u64 {
+        self.meddling.passed.load(Ordering::SeqCst)
+    }
+
     /// Changes one bit once this many more bytes went over all connections.
     pub fn flip_one_after(&self, bytes: u64) {
         self.meddling.flip.0.store(bytes, Ordering::SeqCst);
@@ -100,7 +131,10 @@ impl Meddling {
         let mut bytes = vec![0; 64 << 10];
         while let Ok(len @ 1..) = from.read(&mut bytes) {
             let passing = &mut bytes[..len];
+            self.passed.fetch_add(len as u64, Ordering::SeqCst);
             if self.cut.is_over(len) {
+                let waits = self.waits.load(Ordering::SeqCst);
+                self.shut.store(waits, Ordering::SeqCst);
                 break;
             }
             if self.flip.is_over(len) {

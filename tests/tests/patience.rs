@@ -9,6 +9,7 @@ use genie_controlplane::message::RequestKey;
 use genie_controlplane::transfer::{self, Progress, Source};
 use genie_dataplane::memory::{Backing, Lease, Region, View};
 use genie_tests::nodes::{Nodes, Setup};
+use genie_tests::relay::Relay;
 use genie_tests::{Agent, GENEROUS, eventually, model};
 use rustix::process::Signal;
 
@@ -239,4 +240,59 @@ fn a_put_whose_end_was_not_heard_of_is_not_done_twice() {
         put().await.unwrap();
         assert!(transfer::list(&session, None).await.unwrap().is_empty());
     });
+}
+
+/// The control connection is cut at every point of a put in turn, and while
+/// nobody can connect a second program replaces what had arrived by then.
+#[test]
+fn a_put_that_is_tried_again_replaces_nothing_that_came_after_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let b = Agent::start(folder.path(), "b", &[]);
+    let relay = Relay::toward(b.listen);
+    let peer = format!("--peer=b={}", relay.address());
+    let a = Agent::start(folder.path(), "a", &[&peer]);
+    let mut client = Client::connect(&a.socket).unwrap();
+    client.set_patience(None, Some(GENEROUS)).unwrap();
+    let mut at_b = Client::connect(&b.socket).unwrap();
+    let (ours, theirs) = (model::noise(5, 1000), model::noise(6, 1000));
+    let (one, other) = (tensor(&mut client, &ours), tensor(&mut at_b, &theirs));
+    let stored = |at_b: &mut Client| {
+        let got = at_b.get(None, "m", Memory::Auto).ok()?;
+        Some(got.to_vec("t").unwrap())
+    };
+    let put = |client: &mut Client| client.put(Some("b"), "m", std::slice::from_ref(&one), None);
+    put(&mut client).unwrap();
+    let before = relay.passed();
+    put(&mut client).unwrap();
+    let whole = relay.passed() - before;
+
+    let (mut replaced, mut kept) = (0, 0);
+    for cut_after in (1..=whole).step_by(8) {
+        at_b.remove(None, "m").unwrap();
+        relay.cut_and_shut_after(cut_after);
+        let expected = std::thread::scope(|scope| {
+            let put = scope.spawn(|| put(&mut client));
+            eventually("the put is over, or its connection cut", || {
+                (put.is_finished() || relay.is_shut()).then_some(())
+            });
+            let replaces = relay.is_shut() && stored(&mut at_b).is_some();
+            if replaces {
+                let other = std::slice::from_ref(&other);
+                at_b.put(None, "m", other, None).unwrap();
+            }
+            relay.open();
+            put.join().unwrap().expect("it is tried again");
+            replaces.then_some(&theirs)
+        });
+        let count = if expected.is_some() {
+            &mut replaced
+        } else {
+            &mut kept
+        };
+        *count += 1;
+        let now = stored(&mut at_b).expect("somebody put it");
+        assert!(now == *expected.unwrap_or(&ours), "cut after {cut_after}");
+    }
+    println!("{whole} bytes: {replaced} times replaced, {kept} times not");
+    assert!(replaced > 0 && kept > 0);
 }
