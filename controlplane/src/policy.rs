@@ -108,8 +108,9 @@ fn is_passing(error: &TransferError) -> bool {
             // moment.
             FailureKind::Stopping => true,
             FailureKind::Limited { .. } => kind.is_retryable(),
-            // Whichever end was the first to notice.
-            FailureKind::Stalled => true,
+            // Whichever end was the first to notice: a stall, or that the path
+            // or the session between the two was lost.
+            FailureKind::Stalled | FailureKind::Peer => true,
             _ => false,
         },
         TransferError::Stalled { .. } => true,
@@ -184,21 +185,29 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_stall_is_tried_again_whichever_end_notices_it_first() {
-        let ours = || TransferError::Stalled {
+    async fn what_passes_is_tried_again_whichever_end_notices_it_first() {
+        let stalled = || TransferError::Stalled {
             peer: "b".into(),
             limit: Duration::from_secs(30),
         };
-        // As the peer tells it, when its own time is over first.
-        let theirs = || TransferError::Peer {
-            peer: "b".into(),
-            kind: crate::transfer::kind_of(&ours()),
-            reason: ours().to_string(),
-        };
-        assert_eq!(attempts(patient(), |n| (n < 3).then(ours)).await, 4);
-        assert_eq!(attempts(patient(), |n| (n < 3).then(theirs)).await, 4);
-        let relayed = crate::transfer::kind_of(&theirs());
-        assert_eq!(relayed, FailureKind::Stalled, "what the program is told");
+        let path_lost = || TransferError::Failed(FailReason::PathLost("silent".into()));
+        let ways: [(&dyn Fn() -> TransferError, _); 3] = [
+            (&stalled, FailureKind::Stalled),
+            (&path_lost, FailureKind::Peer),
+            (&lost, FailureKind::Peer),
+        ];
+        for (ours, told) in ways {
+            // As the peer tells it, when it is the first.
+            let theirs = || TransferError::Peer {
+                peer: "b".into(),
+                kind: crate::transfer::kind_of(&ours()),
+                reason: ours().to_string(),
+            };
+            assert_eq!(attempts(patient(), |n| (n < 3).then(ours)).await, 4);
+            assert_eq!(attempts(patient(), |n| (n < 3).then(theirs)).await, 4);
+            let relayed = crate::transfer::kind_of(&theirs());
+            assert_eq!(relayed, told, "what the program is told");
+        }
     }
 
     #[tokio::test(start_paused = true)]

@@ -1,6 +1,7 @@
 //! What failures mean to programs.
 
 use genie_client::FailureKind;
+use genie_dataplane::engine::FailReason;
 use genie_dataplane::memory::accelerator::AcceleratorError;
 
 use super::TransferError;
@@ -39,6 +40,10 @@ pub fn kind_of(error: &TransferError) -> FailureKind {
             FailureKind::Accelerator
         }
         TransferError::Allocate(_) => FailureKind::NoMemory,
+        // The path under it was lost.
+        TransferError::Failed(
+            FailReason::Closed | FailReason::PathLost(_) | FailReason::Stopped,
+        ) => FailureKind::Peer,
         TransferError::Digest { .. } | TransferError::Failed(_) => FailureKind::Corrupt,
         TransferError::Peer { kind, .. } => of_peer(*kind),
         TransferError::Session(_) => FailureKind::Peer,
