@@ -28,5 +28,5 @@ pub const U48_LIMIT: u64 = 1 << 48;
 
 /// CRC32C, as in RFC 3720: what header and payload checks are made of.
 pub fn crc(bytes: &[u8]) -> u32 {
-    crc32c::crc32c(bytes)
+    genie_crc::crc32c(bytes)
 }

@@ -33,10 +33,13 @@ pub use view::View;
 /// `len` bytes at `at` must be mapped and readable during the call.
 unsafe fn crc_of(crc: u32, at: *const u8, len: usize) -> u32 {
     // SAFETY: readable by the caller's promise. The slice exists only inside
-    // this call; `crc_fast` reads each byte with loads that have no other use,
+    // this call; both libraries read each byte with loads that have no other use,
     // so bytes that another process changes meanwhile can only make the
     // checksum differ, which the protocol treats as a lost segment.
     let bytes = unsafe { std::slice::from_raw_parts(at, len) };
+    if len <= genie_crc::SHORT_MAX {
+        return genie_crc::crc32c_append(crc, bytes);
+    }
     // A digest's state is the CRC without its final inversion. Where a CPU has
     // VPCLMULQDQ this folds 100 GB/s out of the cache, four times what the
     // CRC32 instruction gives.

@@ -157,7 +157,7 @@ impl Hello {
         bytes[16..32].copy_from_slice(&self.token.0);
         bytes[32] = self.streams;
         bytes[33] = self.verdict as u8;
-        let check = crc32c::crc32c(&bytes[..36]);
+        let check = genie_crc::crc32c(&bytes[..36]);
         bytes[36..].copy_from_slice(&check.to_be_bytes());
         bytes
     }
@@ -177,7 +177,7 @@ impl Hello {
         if version != VERSION {
             return Err(Malformed::Version(version));
         }
-        if crc32c::crc32c(&bytes[..36]) != be32(bytes, 36) {
+        if genie_crc::crc32c(&bytes[..36]) != be32(bytes, 36) {
             return Err(Malformed::Check);
         }
         if bytes[34..36] != [0; 2] {
@@ -254,7 +254,7 @@ impl Header {
         bytes[8..12].copy_from_slice(&self.transfer.slot.to_be_bytes());
         bytes[12..16].copy_from_slice(&self.transfer.generation.to_be_bytes());
         bytes[16..24].copy_from_slice(&self.offset.to_be_bytes());
-        let header_check = crc32c::crc32c(&bytes[..24]);
+        let header_check = genie_crc::crc32c(&bytes[..24]);
         bytes[24..28].copy_from_slice(&header_check.to_be_bytes());
         bytes[28..].copy_from_slice(&(self.crc ^ header_check).to_be_bytes());
         bytes
@@ -263,7 +263,7 @@ impl Header {
     /// Reads a header; its check is verified before anything in it is used.
     pub fn parse(bytes: &[u8; HEADER_LEN]) -> Result<Self, Malformed> {
         let header_check = be32(bytes, 24);
-        if crc32c::crc32c(&bytes[..24]) != header_check {
+        if genie_crc::crc32c(&bytes[..24]) != header_check {
             return Err(Malformed::Check);
         }
         if bytes[2..4] != [0; 2] {

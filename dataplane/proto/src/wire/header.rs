@@ -146,7 +146,7 @@ impl Header {
             packet_number: read_u48(raw.packet_number),
             offset: read_u48(raw.offset),
         };
-        let bound = crc32c::crc32c_append(check, &head[CHECKED..BOUND]);
+        let bound = genie_crc::crc32c_append(check, &head[CHECKED..BOUND]);
         Ok((header, raw.check.get() ^ bound))
     }
 
@@ -170,7 +170,7 @@ impl Header {
         let mut bytes: [u8; HEADER_LEN] = zerocopy::transmute!(raw);
         let check = crc(&bytes[..CHECKED]);
         bytes[CHECKED..BOUND].copy_from_slice(&(check as u16).to_be_bytes());
-        let bound = crc32c::crc32c_append(check, &bytes[CHECKED..BOUND]);
+        let bound = genie_crc::crc32c_append(check, &bytes[CHECKED..BOUND]);
         bytes[BOUND..].copy_from_slice(&(payload_crc ^ bound).to_be_bytes());
         bytes
     }
