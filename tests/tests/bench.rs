@@ -125,6 +125,48 @@ fn both_ends_in_one_process_measure_the_protocol_without_a_driver() {
     assert!(number(row, "copies_per_byte") > 0.99 && number(row, "driver_copies_per_byte") > 0.99);
 }
 
+/// In ordinary memory if need be: no huge pages are asked for.
+#[test]
+fn round_trips_on_the_engines_own_thread_are_measured_beside_the_raw_devices() {
+    let output = bench(&format!(
+        "--json --spawn --transport dpdk --hot --op pingpong --block-size 64,4k --baseline raw {SHORT}"
+    ));
+    let report: Value = serde_json::from_str(&output.stdout).expect("--json prints JSON");
+    let rows = report["rows"].as_array().unwrap();
+    let reason = rows[0]["error"].as_str().unwrap_or_default();
+    if reason.contains("libgenie_dpdk") || reason.contains("libdpdk") {
+        println!("skipped: {reason}");
+        return;
+    }
+    assert!(output.status.success(), "{}", output.stderr);
+    let named = |name: &str| {
+        let baselines = report["baselines"].as_array().unwrap();
+        let mut all = rows.iter().chain(baselines);
+        let row = all.find(|row| row["name"] == name);
+        row.unwrap_or_else(|| panic!("no '{name}' in {report}"))
+    };
+    for size in [64, 4096] {
+        let polled = named(&format!("dpdk(polled) pingpong hot {size}"));
+        let threads = named(&format!("dpdk pingpong hot {size}"));
+        let raw = named(&format!("raw device pingpong {size}"));
+        for row in [polled, threads] {
+            assert_eq!(
+                (&row["verified"], &row["digest"]),
+                (&true.into(), &true.into())
+            );
+            assert_eq!(
+                (&row["block_size"], &row["error"]),
+                (&size.into(), &Value::Null)
+            );
+        }
+        assert_eq!(raw["digest"], Value::Null);
+        for row in [polled, threads, raw] {
+            assert!(number(row, "p50_us") > 0.0, "{row}");
+            assert_quantiles(row);
+        }
+    }
+}
+
 #[test]
 fn a_rate_is_kept_and_latency_counts_from_when_a_block_was_due() {
     let report = report(
