@@ -17,6 +17,7 @@ mod stream;
 mod virtual_memory;
 
 use std::ffi::{c_char, c_int, c_uint, c_void};
+use std::marker::PhantomData;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::{Arc, OnceLock};
@@ -61,7 +62,11 @@ unsafe impl Send for Context {}
 unsafe impl Sync for Context {}
 
 /// Makes the device's context current on this thread for as long as it lives.
-struct Current<'a>(&'a Device);
+struct Current<'a> {
+    device: &'a Device,
+    /// To be dropped on the thread that made it.
+    _here: PhantomData<*const ()>,
+}
 
 impl Cuda {
     /// Opens a device with the driver of this machine.
@@ -211,7 +216,10 @@ impl Device {
         self.check("cuCtxPushCurrent", unsafe {
             (self.library.required.cuCtxPushCurrent_v2)(self.context.0)
         })?;
-        Ok(Current(self))
+        Ok(Current {
+            device: self,
+            _here: PhantomData,
+        })
     }
 
     fn pointer_attribute<T: Default>(
@@ -292,11 +300,11 @@ impl Drop for Device {
 
 impl Drop for Current<'_> {
     fn drop(&mut self) {
-        let Device { library, .. } = self.0;
+        let Device { library, .. } = self.device;
         let mut popped = std::ptr::null_mut();
         // SAFETY: pushed in `enter`, on this thread: the guard cannot be sent.
         let code = unsafe { (library.required.cuCtxPopCurrent_v2)(&mut popped) };
-        library.log(self.0.kind(), "cuCtxPopCurrent", code);
+        library.log(self.device.kind(), "cuCtxPopCurrent", code);
     }
 }
 
