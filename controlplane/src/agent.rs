@@ -13,6 +13,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
+use genie_dataplane::device::tap::{Recorder, TapDevice};
 use genie_dataplane::endpoint::Completions;
 use genie_dataplane::engine::udp;
 use genie_dataplane::{dpdk, shm, tcp};
@@ -402,6 +403,8 @@ fn start_dpdk(config: &Config, accelerators: &Arc<OnceLock<Devices>>) -> Result<
         let _ = opening.recv();
         opened.get_or_init(|| Devices::open(&kinds)).clone()
     });
+    // Nor what records its frames.
+    let recorder = config.tap.as_ref().map(Recorder::start);
     let opened = udp::spawn(engine, move || {
         let port = dpdk::Port::open(&device, &options);
         drop(port_opened);
@@ -410,7 +413,7 @@ fn start_dpdk(config: &Config, accelerators: &Arc<OnceLock<Devices>>) -> Result<
         if let Ok(devices) = devices {
             devices.try_direct(&mut port);
         }
-        Ok::<_, dpdk::OpenError>(port)
+        Ok::<_, dpdk::OpenError>(TapDevice::new(port, recorder))
     });
     let (running, local) = opened.map_err(|error| show_chain(&error))?;
     Ok((Local::Dpdk(local), running))

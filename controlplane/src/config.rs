@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use clap::Args;
 use clap::builder::FalseyValueParser;
+use genie_dataplane::device::tap;
 use genie_dataplane::dpdk::DeviceSpec;
 use genie_dataplane::memory::accelerator::{MemoryKind, UnknownMemory};
 use genie_dataplane::tcp::STREAMS_MAX;
@@ -36,6 +37,13 @@ const LIVENESS: Duration = Duration::from_secs(2);
 /// How long a peer may take for one step of a request, if nothing else was
 /// said: the longest is clearing memory, which has an allowance of its own.
 const STALL: Duration = Duration::from_secs(30);
+
+/// Of each recorded frame, if nothing else was said: all headers, and little of
+/// the tensors, which are not the operator's.
+const TAP_SNAP: u64 = 128;
+
+/// Length of that record, if nothing else was said: some 400 000 frames.
+const TAP_BYTES: u64 = 64 << 20;
 
 /// How long an agent that was told to stop waits for what is under way.
 pub const DRAIN_LIMIT: Duration = Duration::from_secs(10);
@@ -83,6 +91,15 @@ pub struct AgentArgs {
     /// Device for DPDK: pci:0000:01:00.0, vdev:net_memif0,… or pair:SOCKET
     #[arg(long, value_name = "SPEC", env = "GENIE_DPDK_DEVICE")]
     pub dpdk_device: Option<DeviceSpec>,
+    /// Record the DPDK device's frames in this pcap file, which must not exist
+    #[arg(long, value_name = "FILE", env = "GENIE_TAP")]
+    pub tap: Option<PathBuf>,
+    /// Record of each frame at most this much [default: 128]
+    #[arg(long, value_name = "BYTES", env = "GENIE_TAP_SNAP", value_parser = parse_bytes)]
+    pub tap_snap: Option<u64>,
+    /// Stop recording when the file has this length [default: 64MiB]
+    #[arg(long, value_name = "BYTES", env = "GENIE_TAP_BYTES", value_parser = parse_bytes)]
+    pub tap_bytes: Option<u64>,
     /// Address of this node on the DPDK device's link; may be repeated
     #[arg(
         long,
@@ -183,6 +200,8 @@ pub struct Config {
     pub transport: Preference,
     /// DPDK device.
     pub dpdk_device: Option<DeviceSpec>,
+    /// Where its frames are recorded, if they are.
+    pub tap: Option<tap::Options>,
     /// Addresses on its link.
     pub dpdk_addresses: Vec<IpAddr>,
     /// Accelerators.
@@ -289,6 +308,9 @@ struct File {
     socket_group: Option<String>,
     transport: Option<OneOrMore>,
     dpdk_device: Option<DeviceSpec>,
+    tap: Option<PathBuf>,
+    tap_snap: Option<Number>,
+    tap_bytes: Option<Number>,
     dpdk_address: Option<OneOrMore>,
     accelerator: Option<OneOrMore>,
     peer: BTreeMap<String, String>,
@@ -316,7 +338,7 @@ struct File {
     allow_unauthenticated: bool,
 }
 
-const KEYS: [&str; 33] = [
+const KEYS: [&str; 36] = [
     "name",
     "listen",
     "data",
@@ -325,6 +347,9 @@ const KEYS: [&str; 33] = [
     "socket-group",
     "transport",
     "dpdk-device",
+    "tap",
+    "tap-snap",
+    "tap-bytes",
     "dpdk-address",
     "accelerator",
     "peer",
@@ -475,6 +500,17 @@ impl Config {
             "store-bytes",
             quarter_of_memory(),
         )?;
+        let tap = match args.tap.or(file.tap) {
+            Some(path) => {
+                let snap = bytes(args.tap_snap, file.tap_snap, "tap-snap", TAP_SNAP)?;
+                Some(tap::Options {
+                    file: path,
+                    snap_bytes: u32::try_from(snap).unwrap_or(u32::MAX),
+                    file_bytes: bytes(args.tap_bytes, file.tap_bytes, "tap-bytes", TAP_BYTES)?,
+                })
+            }
+            None => None,
+        };
         let peer_limits = PeerLimits {
             memory: bytes(
                 args.peer_memory,
@@ -559,6 +595,7 @@ impl Config {
             socket_group,
             transport,
             dpdk_device: args.dpdk_device.or(file.dpdk_device),
+            tap,
             dpdk_addresses,
             accelerators,
             peers,
@@ -634,6 +671,12 @@ impl Config {
                 "aead takes keys that only the two ends have: add --ca, --cert and --key \
                  ('genie ca init' and 'genie ca issue' make them)"
                     .to_owned(),
+            );
+        }
+        if self.tap.is_some() && self.dpdk_device.is_none() {
+            return value(
+                "tap",
+                "it records frames of the DPDK device: name one with --dpdk-device".to_owned(),
             );
         }
         let open = self.credentials.is_none();
@@ -903,6 +946,23 @@ mod tests {
         assert!(nic.warning().unwrap().contains("pci:0000:01:00.0"));
         let pair = load(args(), "dpdk-device = 'pair:/tmp/x'").unwrap();
         assert_eq!(pair.warning(), None);
+    }
+
+    #[test]
+    fn frames_are_recorded_of_a_device_only_and_within_limits() {
+        let refused = refusal("tap = '/tmp/f.pcap'");
+        assert!(refused.contains("--dpdk-device"), "{refused}");
+        let device = "dpdk-device = 'pair:/tmp/x'\ntap = '/tmp/f.pcap'";
+        let expected = tap::Options {
+            file: "/tmp/f.pcap".into(),
+            snap_bytes: 128,
+            file_bytes: 64 << 20,
+        };
+        assert_eq!(load(args(), device).unwrap().tap, Some(expected));
+        let limits = format!("{device}\ntap-snap = '9KiB'\ntap-bytes = 4096");
+        let tap = load(args(), &limits).unwrap().tap.unwrap();
+        assert_eq!((tap.snap_bytes, tap.file_bytes), (9216, 4096));
+        assert_eq!(load(args(), "").unwrap().tap, None);
     }
 
     #[test]

@@ -1,8 +1,8 @@
 //! A device: one queue pair that carries Ethernet frames.
 //!
 //! The UDP engine drives it from one thread. Implemented by [`crate::dpdk`]
-//! over the driver library, by [`pair`] in memory, and by [`fault`] around any
-//! other. The invariant: *a device holds a lease on the memory of every frame
+//! over the driver library, by [`pair`] in memory, and by [`fault`] and [`tap`]
+//! around any other. The invariant: *a device holds a lease on the memory of every frame
 //! that it has not finished sending*.
 
 #![forbid(unsafe_code)]
@@ -11,6 +11,7 @@ pub mod attachments;
 pub mod fault;
 pub mod pair;
 pub mod registrations;
+pub mod tap;
 
 use std::os::fd::BorrowedFd;
 
@@ -174,6 +175,11 @@ pub trait Device {
 
     /// What CPUs copied on behalf of this device so far.
     fn copies(&self) -> Copies;
+
+    /// What was recorded of its frames, where they are.
+    fn tap(&self) -> Option<tap::TapSnapshot> {
+        None
+    }
 
     /// Whether the other end of the link is there, as far as the device knows.
     fn link_up(&self) -> bool;

@@ -3,6 +3,7 @@
 use std::fmt::Write;
 
 use genie_client::{Listed, Owner};
+use genie_dataplane::device::tap::TapSnapshot;
 use genie_dataplane::ledger::Copies;
 use serde::Serialize;
 
@@ -246,6 +247,9 @@ fn transport(text: &mut String, transport: &TransportStatus) {
     for caution in &engine.cautions {
         line(text, &format!("    CAUTION: {caution}"));
     }
+    if let Some(tap) = &engine.tap {
+        line(text, &format!("    {}", tapped(tap)));
+    }
     if let Some(port) = &engine.port {
         line(
             text,
@@ -263,6 +267,21 @@ fn transport(text: &mut String, transport: &TransportStatus) {
             ),
         );
     }
+}
+
+fn tapped(tap: &TapSnapshot) -> String {
+    let error = match &tap.error {
+        Some(error) => format!("; no more: {error}"),
+        None => String::new(),
+    };
+    format!(
+        "recorded in {}: {} frames, {}; {} missing, {} after its end{error}",
+        tap.file.display(),
+        tap.frames,
+        show_bytes(tap.bytes),
+        tap.missed,
+        tap.after_end
+    )
 }
 
 fn session(text: &mut String, session: &SessionStatus) {

@@ -9,6 +9,7 @@ use genie_proto::SessionId;
 use serde::{Deserialize, Serialize};
 
 use crate::device::Counters;
+use crate::device::tap::TapSnapshot;
 use crate::ledger::Copies;
 
 /// How often an engine publishes: rarely enough to cost nothing, often enough
@@ -31,6 +32,9 @@ pub struct Snapshot {
     pub mtu: Option<u16>,
     /// The port's own counters; none for kernel sockets.
     pub port: Option<Counters>,
+    /// What was recorded of the port's frames; none where they are not.
+    #[serde(default)]
+    pub tap: Option<TapSnapshot>,
     /// What CPUs copied so far, at this end.
     pub copies: Copies,
     /// Tensor bytes sent, each counted once.

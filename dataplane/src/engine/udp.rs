@@ -607,6 +607,7 @@ impl<D: Device> Polled<D> {
                 snapshot.mtu = Some(device.capabilities().mtu);
             }
             snapshot.port = Some(device.counters());
+            snapshot.tap = device.tap();
             snapshot.dropped = core.dropped;
             snapshot.sent_bytes = core.totals.sent_bytes;
             snapshot.received_bytes = core.totals.received_bytes;
