@@ -316,12 +316,15 @@ fn start_transports(config: &Config) -> Result<(Transports, Vec<Attended>, Devic
     let mut attended = Vec::new();
     for transport in config.transport.as_slice().iter().copied() {
         let started = match transport {
-            Transport::Tcp => Ok(start_tcp(config)?),
+            Transport::Tcp => Ok(vec![start_tcp(config)?]),
             Transport::Dpdk => start_dpdk(config, &accelerators),
-            Transport::Shm => start_shm(config),
+            Transport::Shm => start_shm(config).map(|one| vec![one]),
         };
         match started {
-            Ok((local, running)) => attended.push(transports.add(transport, local, running)),
+            Ok(engines) => {
+                let add = |(local, running)| transports.add(transport, local, running);
+                attended.extend(engines.into_iter().map(add));
+            }
             Err(reason) => {
                 tracing::info!(%reason, "{transport} cannot be used");
                 transports.refuse(transport, reason);
@@ -329,12 +332,8 @@ fn start_transports(config: &Config) -> Result<(Transports, Vec<Attended>, Devic
         }
     }
     if transports.engines().is_empty() {
-        let reasons = transports.offers().into_iter().filter_map(|offer| {
-            offer
-                .local
-                .err()
-                .map(|reason| format!("{}: {reason}", offer.transport))
-        });
+        let reasons = transports.refused().iter();
+        let reasons = reasons.map(|(transport, reason)| format!("{transport}: {reason}"));
         let reasons = reasons.collect::<Vec<_>>().join("; ");
         return Err(AgentError::NoTransport {
             allowed: config.transport.to_string(),
@@ -379,7 +378,10 @@ fn start_shm(config: &Config) -> Result<Started, String> {
 
 /// Opens the port, and then the accelerators: their slots may be anywhere, the
 /// port's packet buffers need huge pages.
-fn start_dpdk(config: &Config, accelerators: &Arc<OnceLock<Devices>>) -> Result<Started, String> {
+fn start_dpdk(
+    config: &Config,
+    accelerators: &Arc<OnceLock<Devices>>,
+) -> Result<Vec<Started>, String> {
     let Some(mut device) = config.dpdk_device.clone() else {
         return Err("no device was given (--dpdk-device)".to_owned());
     };
@@ -388,7 +390,7 @@ fn start_dpdk(config: &Config, accelerators: &Arc<OnceLock<Devices>>) -> Result<
     }
     // Looked for first: without it the pages do not matter.
     dpdk::load().map_err(|error| show_chain(&error))?;
-    let options = dpdk::Options::default();
+    let options = dpdk::Options::with_queues(config.queues);
     check_huge_pages(u64::from(options.memory_mib) << 20)?;
     let engine = udp::Config {
         addresses: config.dpdk_addresses.clone(),
@@ -404,19 +406,29 @@ fn start_dpdk(config: &Config, accelerators: &Arc<OnceLock<Devices>>) -> Result<
         opened.get_or_init(|| Devices::open(&kinds)).clone()
     });
     // Nor what records its frames.
-    let recorder = config.tap.as_ref().map(Recorder::start);
-    let opened = udp::spawn(engine, move || {
-        let port = dpdk::Port::open(&device, &options);
+    let queue = 0..config.queues;
+    let recorders = queue.map(|queue| Some(Recorder::start(&config.tap.as_ref()?.of_queue(queue))));
+    let recorders: Vec<_> = recorders.collect();
+    let open = move || {
+        let queues = dpdk::open_queues(&device, &options);
         drop(port_opened);
         let devices = opener.join();
-        let mut port = port?;
+        let mut queues = queues?.into_iter().zip(recorders);
+        let (first, recorder) = queues.next().expect("at least one was asked for");
+        let mut port = first.enter()?;
         if let Ok(devices) = devices {
             devices.try_direct(&mut port);
         }
+        Ok((TapDevice::new(port, recorder), queues.collect()))
+    };
+    let enter = |(queue, recorder): (dpdk::Queue, _)| {
+        let port = queue.enter()?;
         Ok::<_, dpdk::OpenError>(TapDevice::new(port, recorder))
-    });
-    let (running, local) = opened.map_err(|error| show_chain(&error))?;
-    Ok((Local::Dpdk(local), running))
+    };
+    let opened = udp::spawn_queues(engine, open, enter);
+    let engines = opened.map_err(|error| show_chain(&error))?.into_iter();
+    let started = engines.map(|(running, local)| (Local::Dpdk(local), running));
+    Ok(started.collect())
 }
 
 /// DPDK's own words for a lack of huge pages do not say what to do.
@@ -450,6 +462,7 @@ fn show_chain(error: &dyn std::error::Error) -> String {
 pub fn attend(node: &Arc<Node>, attended: Attended) {
     let Attended {
         transport,
+        queue,
         completions,
         mut lost,
     } = attended;
@@ -461,7 +474,7 @@ pub fn attend(node: &Arc<Node>, attended: Attended) {
     let node = Arc::clone(node);
     tokio::spawn(async move {
         while let Some(lost) = lost.recv().await {
-            node.lose(transport, &lost);
+            node.lose(transport, queue, &lost);
         }
     });
 }

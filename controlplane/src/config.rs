@@ -100,6 +100,9 @@ pub struct AgentArgs {
     /// Stop recording when the file has this length [default: 64MiB]
     #[arg(long, value_name = "BYTES", env = "GENIE_TAP_BYTES", value_parser = parse_bytes)]
     pub tap_bytes: Option<u64>,
+    /// Queues of the DPDK device, with an engine each that polls on a thread of its own [default: 1]
+    #[arg(long, value_name = "N", env = "GENIE_QUEUES", value_parser = clap::value_parser!(u16).range(1..=QUEUES_MAX as i64))]
+    pub queues: Option<u16>,
     /// Address of this node on the DPDK device's link; may be repeated
     #[arg(
         long,
@@ -202,6 +205,8 @@ pub struct Config {
     pub dpdk_device: Option<DeviceSpec>,
     /// Where its frames are recorded, if they are.
     pub tap: Option<tap::Options>,
+    /// Queues of it.
+    pub queues: u16,
     /// Addresses on its link.
     pub dpdk_addresses: Vec<IpAddr>,
     /// Accelerators.
@@ -311,6 +316,7 @@ struct File {
     tap: Option<PathBuf>,
     tap_snap: Option<Number>,
     tap_bytes: Option<Number>,
+    queues: Option<u16>,
     dpdk_address: Option<OneOrMore>,
     accelerator: Option<OneOrMore>,
     peer: BTreeMap<String, String>,
@@ -338,7 +344,10 @@ struct File {
     allow_unauthenticated: bool,
 }
 
-const KEYS: [&str; 36] = [
+/// Each has an engine that polls, and a ring toward every other.
+const QUEUES_MAX: u16 = 32;
+
+const KEYS: [&str; 37] = [
     "name",
     "listen",
     "data",
@@ -350,6 +359,7 @@ const KEYS: [&str; 36] = [
     "tap",
     "tap-snap",
     "tap-bytes",
+    "queues",
     "dpdk-address",
     "accelerator",
     "peer",
@@ -596,6 +606,7 @@ impl Config {
             transport,
             dpdk_device: args.dpdk_device.or(file.dpdk_device),
             tap,
+            queues: args.queues.or(file.queues).unwrap_or(1),
             dpdk_addresses,
             accelerators,
             peers,
@@ -648,6 +659,12 @@ impl Config {
             return value(
                 "streams",
                 format!("{} is not between 1 and {STREAMS_MAX}", self.streams),
+            );
+        }
+        if !(1..=QUEUES_MAX).contains(&self.queues) {
+            return value(
+                "queues",
+                format!("{} is not between 1 and {QUEUES_MAX}", self.queues),
             );
         }
         for name in self.access.allowed.iter().chain(self.access.rights.keys()) {
@@ -926,6 +943,7 @@ mod tests {
     fn values_that_cannot_be_are_named() {
         assert!(refusal("streams = 'four'").contains("streams"));
         assert!(refusal("streams = 0").contains("between 1 and"));
+        assert!(refusal("queues = 33").contains("between 1 and 32"));
         assert!(refusal("liveness = '2 weeks'").contains("liveness"));
         assert!(refusal("stall = 'never'").contains("stall"));
         assert!(refusal("transport = 'rdma'").contains("rdma"));

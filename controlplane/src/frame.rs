@@ -104,7 +104,7 @@ mod tests {
             window: false,
         };
         vec![
-            Message::Hello(crate::session::testing::node().hello()),
+            Message::Hello(crate::session::testing::hello()),
             Message::Try {
                 transport: Transport::Tcp,
                 session: SessionId(7),

@@ -242,7 +242,7 @@ mod tests {
         };
         let joined =
             |preamble: &[u8], messages: &[Vec<u8>]| [preamble, &messages.concat()].concat();
-        let hello = encode(&Message::Hello(crate::session::testing::node().hello()));
+        let hello = encode(&Message::Hello(crate::session::testing::hello()));
         let hello = hello.expect("it can be encoded");
         let preamble = crate::frame::preamble();
         write(

@@ -30,7 +30,7 @@ use crate::status::{
 };
 use crate::store::Store;
 use crate::transfer::once::Once;
-use crate::transport::{Local, Preference, Transport, Transports};
+use crate::transport::{Local, Preference, Seat, Transport, Transports};
 
 /// Batches under way with one peer: other requests find room beside them.
 const BATCHES_MAX: usize = REQUESTS_MAX / 2;
@@ -218,13 +218,14 @@ impl Node {
     }
 
     /// How we introduce ourselves.
-    pub fn hello(&self) -> Hello {
+    /// To a peer whose session has this seat.
+    pub fn hello(&self, seat: &Seat) -> Hello {
         Hello {
             name: self.name.clone(),
             instance: self.instance,
             preference: self.preference.clone(),
             data_security: self.data_security,
-            offers: self.transports.offers(),
+            offers: self.transports.offers(seat),
             liveness_ms: self.liveness.as_millis().try_into().unwrap_or(u64::MAX),
             range_bytes: self.devices.range_bytes(),
         }
@@ -275,10 +276,11 @@ impl Node {
     }
 
     /// Tells the session whose path an engine has lost.
-    pub fn lose(&self, transport: Transport, lost: &Lost) {
+    pub fn lose(&self, transport: Transport, queue: u16, lost: &Lost) {
         let session = self.live().iter().find_map(|session| {
             let path = session.path();
-            let found = (path.transport, path.session) == (transport, lost.session);
+            let found =
+                (path.transport, path.queue, path.session) == (transport, queue, lost.session);
             found.then(|| (Arc::clone(session), path.number))
         });
         // None: the path was given up already, or was only tried.
@@ -414,20 +416,34 @@ impl Node {
     }
 
     fn transport_status(&self) -> Vec<TransportStatus> {
-        let one = |offer: crate::transport::Offer| {
-            let engine = self.transports.engine(offer.transport);
-            TransportStatus {
-                transport: offer.transport.to_string(),
-                path: engine.map(|engine| engine.path()),
-                data: match &offer.local {
-                    Ok(Local::Tcp { data, .. }) => Some(*data),
+        let running = self
+            .transports
+            .engines()
+            .iter()
+            .map(|engine| TransportStatus {
+                transport: engine.transport.to_string(),
+                path: Some(engine.path()),
+                queue: self
+                    .transports
+                    .has_queues(engine.transport)
+                    .then_some(engine.queue),
+                data: match &engine.local {
+                    Local::Tcp { data, .. } => Some(*data),
                     _ => None,
                 },
-                reason: offer.local.err(),
-                engine: engine.map(|engine| engine.status.snapshot()),
-            }
-        };
-        self.transports.offers().into_iter().map(one).collect()
+                reason: None,
+                engine: Some(engine.status.snapshot()),
+            });
+        let refused = self.transports.refused().iter();
+        let refused = refused.map(|(transport, reason)| TransportStatus {
+            transport: transport.to_string(),
+            path: None,
+            queue: None,
+            data: None,
+            reason: Some(reason.clone()),
+            engine: None,
+        });
+        running.chain(refused).collect()
     }
 
     fn negotiating(&self) -> MutexGuard<'_, Vec<String>> {

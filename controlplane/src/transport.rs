@@ -1,13 +1,14 @@
 //! The transports of this agent: which there are, and why not the others.
 //!
-//! One engine stands behind each transport that could be started. Adding a
-//! transport means one more variant here and one more way to start it; the rest
-//! of the control plane only sees endpoints.
+//! One engine stands behind each transport that could be started, or one for
+//! each queue of its device: a [`Seat`] says which of them carries a session.
+//! Adding a transport means one more variant here and one more way to start it;
+//! the rest of the control plane only sees endpoints.
 
 use std::fmt;
 use std::net::SocketAddr;
 use std::str::FromStr;
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
 use genie_dataplane::endpoint::{Completions, Endpoint, Lost, Running};
@@ -88,6 +89,8 @@ pub struct Offer {
 pub struct Engine {
     /// Which transport it carries.
     pub transport: Transport,
+    /// Which queue of its device it drives; 0 where there is but one.
+    pub queue: u16,
     /// What moves tensors.
     pub endpoint: Endpoint,
     /// What it publishes about itself.
@@ -102,6 +105,8 @@ pub struct Engine {
 pub struct Attended {
     /// Which transport.
     pub transport: Transport,
+    /// Which of its engines.
+    pub queue: u16,
     /// To be dispatched.
     pub completions: Completions,
     /// To be told to their sessions.
@@ -113,10 +118,28 @@ pub struct Attended {
 pub struct Transports {
     engines: Vec<Engine>,
     refused: Vec<(Transport, String)>,
+    /// One for each queue of the device with the most; every seat on it has another.
+    seats: Mutex<Vec<Arc<()>>>,
+}
+
+/// The queue that carries a session, wherever a transport has several: each
+/// session belongs to one engine. Given up on drop.
+#[derive(Debug)]
+pub struct Seat {
+    queue: u16,
+    _taken: Arc<()>,
+}
+
+impl Seat {
+    /// Which queue.
+    pub fn queue(&self) -> u16 {
+        self.queue
+    }
 }
 
 impl Transports {
-    /// Takes in an engine that was started.
+    /// Takes in an engine that was started; the next queue's, where the
+    /// transport has one already.
     pub fn add(&mut self, transport: Transport, local: Local, running: Running) -> Attended {
         let Running {
             endpoint,
@@ -126,8 +149,15 @@ impl Transports {
             thread,
         } = running;
         let thread = Mutex::new(Some(thread));
+        let queue = self.engines_of(transport).count() as u16;
+        let mut seats = self.seats();
+        if seats.len() <= usize::from(queue) {
+            seats.push(Arc::default());
+        }
+        drop(seats);
         self.engines.push(Engine {
             transport,
+            queue,
             endpoint,
             status,
             local,
@@ -135,6 +165,7 @@ impl Transports {
         });
         Attended {
             transport,
+            queue,
             completions,
             lost,
         }
@@ -145,11 +176,47 @@ impl Transports {
         self.refused.push((transport, reason));
     }
 
-    /// The engine of a transport, if it runs.
+    /// The engine of a transport, if it runs; the first queue's.
     pub fn engine(&self, transport: Transport) -> Option<&Engine> {
-        self.engines
+        self.engines_of(transport).next()
+    }
+
+    /// Whether a transport has several engines.
+    pub fn has_queues(&self, transport: Transport) -> bool {
+        self.engines_of(transport).count() > 1
+    }
+
+    /// The engine of a transport that carries the sessions of this seat.
+    pub fn engine_at(&self, transport: Transport, seat: &Seat) -> Option<&Engine> {
+        let mut engines = self.engines_of(transport);
+        let count = engines.clone().count().max(1);
+        engines.nth(usize::from(seat.queue) % count)
+    }
+
+    /// A seat on the queue that carries the fewest sessions.
+    pub fn seat(&self) -> Seat {
+        let mut seats = self.seats();
+        if seats.is_empty() {
+            seats.push(Arc::default());
+        }
+        let least = seats
             .iter()
-            .find(|engine| engine.transport == transport)
+            .enumerate()
+            .min_by_key(|(_, taken)| Arc::strong_count(taken));
+        let (queue, taken) = least.expect("there is one at least");
+        Seat {
+            queue: queue as u16,
+            _taken: Arc::clone(taken),
+        }
+    }
+
+    fn engines_of(&self, transport: Transport) -> impl Iterator<Item = &Engine> + Clone {
+        let engines = self.engines.iter();
+        engines.filter(move |engine| engine.transport == transport)
+    }
+
+    fn seats(&self) -> MutexGuard<'_, Vec<Arc<()>>> {
+        self.seats.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// All engines that run.
@@ -157,9 +224,18 @@ impl Transports {
         &self.engines
     }
 
-    /// What a peer is told.
-    pub fn offers(&self) -> Vec<Offer> {
-        let there = self.engines.iter().map(|engine| Offer {
+    /// Why transports cannot be used.
+    pub fn refused(&self) -> &[(Transport, String)] {
+        &self.refused
+    }
+
+    /// What a peer is told whose session has this seat.
+    pub fn offers(&self, seat: &Seat) -> Vec<Offer> {
+        let mine = |engine: &&Engine| {
+            let one = self.engine_at(engine.transport, seat);
+            one.is_some_and(|one| one.queue == engine.queue)
+        };
+        let there = self.engines.iter().filter(mine).map(|engine| Offer {
             transport: engine.transport,
             local: Ok(engine.local.clone()),
         });
@@ -340,6 +416,38 @@ mod tests {
             Err(PreferenceError::Twice(Transport::Tcp))
         );
         assert!("".parse::<Preference>().is_err());
+    }
+
+    #[test]
+    fn sessions_are_spread_over_the_queues_and_leave_them_again() {
+        let mut transports = Transports::default();
+        assert_eq!(transports.seat().queue(), 0);
+        let mut add = |transport| {
+            let config = tcp::Config {
+                listen: ([127, 0, 0, 1], 0).into(),
+                ..tcp::Config::default()
+            };
+            let (running, data) = tcp::spawn(config).unwrap();
+            let local = Local::Tcp { data, streams: 1 };
+            transports.add(transport, local, running).queue
+        };
+        // What stands for the two queues of a device, and a transport without.
+        let queues = [Transport::Dpdk, Transport::Dpdk, Transport::Tcp].map(&mut add);
+        assert_eq!(queues, [0, 1, 0]);
+        let queues = |seats: &[Seat]| seats.iter().map(Seat::queue).collect::<Vec<_>>();
+        let mut seats: Vec<_> = (0..5).map(|_| transports.seat()).collect();
+        assert_eq!(queues(&seats), [0, 1, 0, 1, 0]);
+        for seat in &seats {
+            let queue = |transport| transports.engine_at(transport, seat).unwrap().queue;
+            assert_eq!(queue(Transport::Dpdk), seat.queue());
+            assert_eq!(queue(Transport::Tcp), 0);
+            assert_eq!(transports.offers(seat).len(), 2);
+        }
+        // Two of three leave the first queue.
+        seats.retain(|seat| seat.queue() == 1);
+        seats.extend((0..2).map(|_| transports.seat()));
+        assert_eq!(queues(&seats), [1, 1, 0, 0]);
+        transports.stop();
     }
 
     #[test]

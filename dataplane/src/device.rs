@@ -1,8 +1,8 @@
 //! A device: one queue pair that carries Ethernet frames.
 //!
 //! The UDP engine drives it from one thread. Implemented by [`crate::dpdk`]
-//! over the driver library, by [`pair`] in memory, and by [`fault`] and [`tap`]
-//! around any other. The invariant: *a device holds a lease on the memory of every frame
+//! over the driver library, by [`pair`] and [`queues`] in memory, and by [`fault`]
+//! and [`tap`] around any other. The invariant: *a device holds a lease on the memory of every frame
 //! that it has not finished sending*.
 
 #![forbid(unsafe_code)]
@@ -10,6 +10,7 @@
 pub mod attachments;
 pub mod fault;
 pub mod pair;
+pub mod queues;
 pub mod registrations;
 pub mod tap;
 
@@ -111,6 +112,22 @@ pub struct Counters {
     pub registered: u64,
 }
 
+/// A queue among the queues of its device, and the frames that came to one and
+/// belonged to another.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Steering {
+    /// Its number.
+    pub queue: u16,
+    /// How many there are.
+    pub queues: u16,
+    /// Frames passed on to other queues.
+    pub forwarded: u64,
+    /// Frames that other queues passed on to this one.
+    pub received: u64,
+    /// Frames not passed on, as their owner's ring was full: lost, as on a wire.
+    pub dropped: u64,
+}
+
 /// Why memory could not be attached.
 #[derive(Debug, thiserror::Error)]
 pub enum AttachError {
@@ -157,8 +174,13 @@ pub trait Device {
 
     /// Stops the queue for good and gives up the frames in it, so that memory
     /// can be detached though the device never finished with it. Nothing is
-    /// sent or received after that.
+    /// sent or received after that, by any queue of the device.
     fn stop(&mut self);
+
+    /// Whether the device was stopped, by the owner of whichever of its queues.
+    fn is_stopped(&self) -> bool {
+        false
+    }
 
     /// The port's own counters.
     fn counters(&self) -> Counters;
@@ -171,6 +193,11 @@ pub trait Device {
     /// What a good NIC does and this device leaves to the CPU.
     fn lacks(&self) -> Vec<String> {
         Vec::new()
+    }
+
+    /// Which queue of how many it is, where it has siblings that pass frames on.
+    fn steering(&self) -> Option<Steering> {
+        None
     }
 
     /// What CPUs copied on behalf of this device so far.
@@ -188,6 +215,12 @@ pub trait Device {
     /// arrive while [`Device::arm_rx`] is on; `None` without
     /// [`Capabilities::rx_interrupt`]. The same one for as long as the device is open.
     fn rx_event(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
+
+    /// A descriptor like [`Device::rx_event`] that tells of frames which other
+    /// queues of the device pass on.
+    fn passed_event(&self) -> Option<BorrowedFd<'_>> {
         None
     }
 

@@ -23,5 +23,5 @@ mod vdev;
 pub use direct::DirectFrame;
 pub use library::{Library, LoadError, load};
 pub use open::{OpenError, Options};
-pub use port::Port;
+pub use port::{Port, Queue, open_queues};
 pub use spec::{DeviceSpec, SpecError};

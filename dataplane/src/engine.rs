@@ -14,6 +14,7 @@ pub mod link;
 pub mod partial;
 pub mod ring;
 pub mod status;
+pub mod steer;
 pub mod udp;
 
 pub use command::{Command, Completion, FailReason, OpenError, OperationId, Receipt, Remote};

@@ -157,13 +157,16 @@ pub struct PeerRefused {
     pub rate: u64,
 }
 
-/// A picture of one transport.
+/// A picture of one transport, or of one of its queues.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct TransportStatus {
     /// `dpdk` or `tcp`.
     pub transport: String,
     /// How a path over it is called; none if it cannot be used.
     pub path: Option<String>,
+    /// Which queue of its device; none where that has one.
+    #[serde(default)]
+    pub queue: Option<u16>,
     /// Where its data port is, where it has one.
     pub data: Option<SocketAddr>,
     /// Why it cannot be used; none if it can.

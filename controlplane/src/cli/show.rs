@@ -250,6 +250,15 @@ fn transport(text: &mut String, transport: &TransportStatus) {
     if let Some(tap) = &engine.tap {
         line(text, &format!("    {}", tapped(tap)));
     }
+    if let Some(one) = &engine.steering {
+        line(
+            text,
+            &format!(
+                "    queue {} of {}: {} frames passed on to others, {} from them, {} lost on the way",
+                one.queue, one.queues, one.forwarded, one.received, one.dropped
+            ),
+        );
+    }
     if let Some(port) = &engine.port {
         line(
             text,

@@ -445,6 +445,7 @@ fn offloads_that_are_off_can_be_turned_on_and_those_that_are_missing_are_said() 
     status.transports = vec![TransportStatus {
         transport: "dpdk".to_owned(),
         path: Some("dpdk:net_some".to_owned()),
+        queue: None,
         data: None,
         reason: None,
         engine: Some(engine),

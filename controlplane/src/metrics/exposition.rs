@@ -7,7 +7,7 @@
 use genie_dataplane::engine::SessionSnapshot;
 
 use super::counters::{Moved, Traffic};
-use super::engines::{devices, engines, ports, running};
+use super::engines::{Name, devices, engines, ports, queues, running};
 use super::page::Page;
 use crate::status::{AgentStatus, PeerUsage};
 
@@ -20,6 +20,7 @@ pub fn exposition(status: &AgentStatus, moved: &[(Traffic, Moved)]) -> String {
     engines(&mut page, &status.transports);
     devices(&mut page, &status.transports);
     ports(&mut page, &status.transports);
+    queues(&mut page, &status.transports);
     sessions(&mut page, status);
     page.0
 }
@@ -206,9 +207,9 @@ fn sessions(page: &mut Page, status: &AgentStatus) {
         page.sample("genie_requests", &labels, *requests as f64);
     }
     page.gauge("genie_transfers", "Transfers under way in an engine.");
-    for (path, engine) in running(&status.transports) {
+    for (one, engine) in running(&status.transports) {
         let transfers: u64 = engine.sessions.iter().map(|one| one.transfers).sum();
-        page.sample("genie_transfers", &[("path", path)], transfers as f64);
+        page.sample("genie_transfers", &one.labels(&[]), transfers as f64);
     }
     let paths = session_paths(status);
     let mut gauge = |name: &str, help: &str, value: &dyn Fn(&SessionSnapshot) -> Option<f64>| {
@@ -252,7 +253,7 @@ fn sessions(page: &mut Page, status: &AgentStatus) {
 /// control plane's.
 fn session_paths(status: &AgentStatus) -> Vec<(&str, &str, &SessionSnapshot)> {
     let mut paths = Vec::new();
-    for (path, engine) in running(&status.transports) {
+    for (Name { path, .. }, engine) in running(&status.transports) {
         for one in &engine.sessions {
             let of = status
                 .sessions

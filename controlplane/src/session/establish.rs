@@ -18,6 +18,7 @@ use crate::negotiation::{Refusal, better_refused};
 use crate::node::{Negotiating, Node};
 use crate::strangers::Place;
 use crate::tensor::check_name;
+use crate::transport::Seat;
 
 /// The number of the path that a session begins with.
 const FIRST: u32 = 1;
@@ -32,6 +33,7 @@ struct Talk<'a> {
     stream: ControlStream,
     peer: String,
     address: String,
+    seat: Arc<Seat>,
 }
 
 /// Dials a peer.
@@ -67,6 +69,7 @@ pub async fn dial(
         stream,
         peer: peer.to_owned(),
         address: address.to_owned(),
+        seat: Arc::new(node.transports.seat()),
     };
     let hello = match talk.introduce().await {
         Ok(hello) => hello,
@@ -85,7 +88,7 @@ pub async fn dial(
             passing: false,
         });
     }
-    let peer = facts(&hello, Some(control), &talk.stream);
+    let peer = facts(&hello, Some(control), &talk);
     let (path, refused) = talk.open_some_path(&peer).await?;
     Ok(talk.start(hello, peer, Direction::Dialled, path, refused))
 }
@@ -105,7 +108,7 @@ pub async fn accept(
         }
     };
     drop(place);
-    let peer = facts(&hello, None, &talk.stream);
+    let peer = facts(&hello, None, &talk);
     let limit = node.liveness * PATIENCE;
     let Ok(answered) = timeout(limit, talk.answer_paths(&peer)).await else {
         let peer = talk.peer.clone();
@@ -149,6 +152,7 @@ async fn meet(
         stream,
         peer,
         address,
+        seat: Arc::new(node.transports.seat()),
     };
     let hello = match talk.introduce().await {
         Ok(hello) => hello,
@@ -170,14 +174,15 @@ impl Line for Talk<'_> {
 }
 
 /// What opening paths to a peer takes.
-fn facts(hello: &Hello, control: Option<SocketAddr>, stream: &ControlStream) -> Peer {
+fn facts(hello: &Hello, control: Option<SocketAddr>, talk: &Talk<'_>) -> Peer {
     Peer {
         name: hello.name.clone(),
         preference: hello.preference.clone(),
         offers: hello.offers.clone(),
         control,
-        keys: stream.path_keys(),
+        keys: talk.stream.path_keys(),
         data_security: hello.data_security,
+        seat: Arc::clone(&talk.seat),
     }
 }
 
@@ -188,7 +193,7 @@ impl<'a> Talk<'a> {
         let _ = self.stream.set_nodelay();
         let exchanged = timeout(limit, frame::exchange_preamble(&mut self.stream)).await;
         self.in_time(exchanged, limit)?;
-        let hello = Message::Hello(self.node.hello());
+        let hello = Message::Hello(self.node.hello(&self.seat));
         self.send(&hello).await?;
         let hello = match self.recv_up_to(frame::HELLO_MAX, limit).await? {
             Message::Hello(hello) => hello,
@@ -537,7 +542,7 @@ mod tests {
         let stranger = tokio::spawn(async move {
             let mut stream = TcpStream::connect(address).await.unwrap();
             frame::exchange_preamble(&mut stream).await.unwrap();
-            let mut hello = testing::node().hello();
+            let mut hello = testing::hello();
             (hello.name, hello.instance) = ("b".into(), Instance([7; 16]));
             frame::write(&mut stream, &Message::Hello(hello))
                 .await

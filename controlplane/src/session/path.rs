@@ -23,7 +23,7 @@ use crate::message::Message;
 use crate::negotiation::{Plan, Refusal, Side, plan};
 use crate::node::{Node, random};
 use crate::security::{self, DataSecurity, Demand, Salt, Salts};
-use crate::transport::{Engine, Keys, Local, Offer, Preference, Transport};
+use crate::transport::{Engine, Keys, Local, Offer, Preference, Seat, Transport};
 
 /// A path of a session.
 #[derive(Clone, Debug)]
@@ -32,6 +32,8 @@ pub struct Path {
     pub number: u32,
     /// Which transport.
     pub transport: Transport,
+    /// Which queue of its device.
+    pub queue: u16,
     /// How it is called.
     pub name: String,
     /// The engine that moves its tensors.
@@ -59,6 +61,8 @@ pub struct Peer {
     pub keys: Option<PathKeys>,
     /// What it demands of paths.
     pub data_security: DataSecurity,
+    /// Which of our engines carry the session: those that it was told of.
+    pub seat: Arc<Seat>,
 }
 
 /// What a dialler asks for with a `Try`.
@@ -121,7 +125,7 @@ pub(super) struct Opener<'a> {
 impl Opener<'_> {
     /// What this end, which dialled, tries in which order.
     pub(super) fn plan(&self) -> Plan {
-        let ours = self.node.transports.offers();
+        let ours = self.node.transports.offers(&self.peer.seat);
         let dialler = Side {
             name: &self.node.name,
             preference: &self.node.preference,
@@ -169,7 +173,7 @@ impl Opener<'_> {
         transport: Transport,
     ) -> Result<Result<Draft, String>, SessionError> {
         let (Some(engine), Some(local)) = (
-            self.node.transports.engine(transport),
+            self.node.transports.engine_at(transport, &self.peer.seat),
             find_local(&self.peer.offers, transport),
         ) else {
             return Ok(Err("it is not there".to_owned()));
@@ -235,7 +239,8 @@ impl Opener<'_> {
     ) -> Result<Option<Draft>, SessionError> {
         let (transport, theirs) = (asked.transport, asked.session);
         let allowed = self.node.preference.allows(transport);
-        let engine = self.node.transports.engine(transport).filter(|_| allowed);
+        let engine = self.node.transports.engine_at(transport, &self.peer.seat);
+        let engine = engine.filter(|_| allowed);
         let (Some(engine), Some(local)) = (engine, find_local(&self.peer.offers, transport)) else {
             let reason = "it is not offered".to_owned();
             line.send(Message::TryRefused { reason }).await?;
@@ -318,6 +323,7 @@ impl Draft {
         let path = Path {
             number: 1,
             transport: engine.transport,
+            queue: engine.queue,
             name: engine.path(),
             endpoint: engine.endpoint.clone(),
             session,

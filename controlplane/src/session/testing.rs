@@ -44,6 +44,12 @@ pub(crate) fn node() -> Arc<Node> {
     })
 }
 
+/// How a node without transports introduces itself.
+pub(crate) fn hello() -> crate::message::Hello {
+    let node = node();
+    node.hello(&node.transports.seat())
+}
+
 /// A session whose writer takes nothing, so that nothing ends a request by chance.
 pub(crate) fn session(direction: Direction) -> (Arc<Session>, mpsc::Receiver<Message>) {
     let (running, _) = tcp::spawn(tcp::Config {
@@ -60,6 +66,7 @@ pub(crate) fn session(direction: Direction) -> (Arc<Session>, mpsc::Receiver<Mes
     let path = Path {
         number: 1,
         transport: Transport::Tcp,
+        queue: 0,
         name: "tcp".into(),
         session: endpoint.new_session(1),
         endpoint,

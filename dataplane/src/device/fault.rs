@@ -9,7 +9,7 @@
 use std::collections::VecDeque;
 use std::os::fd::BorrowedFd;
 
-use super::{AttachError, Attachment, Capabilities, Counters, Device, TxFrame};
+use super::{AttachError, Attachment, Capabilities, Counters, Device, Steering, TxFrame};
 use crate::ledger::Copies;
 use crate::memory::{Lease, View};
 
@@ -150,6 +150,10 @@ impl<D: Device> Device for FaultyDevice<D> {
         self.inner.stop();
     }
 
+    fn is_stopped(&self) -> bool {
+        self.inner.is_stopped()
+    }
+
     fn counters(&self) -> Counters {
         self.inner.counters()
     }
@@ -164,6 +168,14 @@ impl<D: Device> Device for FaultyDevice<D> {
 
     fn rx_event(&self) -> Option<BorrowedFd<'_>> {
         self.inner.rx_event()
+    }
+
+    fn steering(&self) -> Option<Steering> {
+        self.inner.steering()
+    }
+
+    fn passed_event(&self) -> Option<BorrowedFd<'_>> {
+        self.inner.passed_event()
     }
 
     fn arm_rx(&mut self, on: bool) -> bool {

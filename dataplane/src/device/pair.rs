@@ -133,6 +133,12 @@ impl PairDevice {
         }
     }
 
+    /// Whether frames that were not reaped refer to attached memory.
+    pub(super) fn refers(&mut self, attachment: Attachment) -> bool {
+        let unreaped = self.attachments.beside_mut(attachment);
+        unreaped.is_some_and(|unreaped| *unreaped > 0)
+    }
+
     /// Fills `buffer`; `false` if the frame's payload is not attached memory.
     fn fill(&mut self, buffer: &mut Vec<u8>, frame: &TxFrame) -> bool {
         buffer.clear();
@@ -224,11 +230,7 @@ impl Device for PairDevice {
     }
 
     fn detach(&mut self, attachment: Attachment) -> bool {
-        if self
-            .attachments
-            .beside_mut(attachment)
-            .is_some_and(|unreaped| *unreaped > 0)
-        {
+        if self.refers(attachment) {
             return false;
         }
         self.attachments.remove(attachment);

@@ -13,7 +13,7 @@ use std::collections::HashMap;
 use std::os::fd::BorrowedFd;
 use std::time::SystemTime;
 
-use super::{AttachError, Attachment, Capabilities, Counters, Device, TxFrame};
+use super::{AttachError, Attachment, Capabilities, Counters, Device, Steering, TxFrame};
 use crate::ledger::Copies;
 use crate::memory::{Lease, View};
 
@@ -121,6 +121,10 @@ impl<D: Device> Device for TapDevice<D> {
         self.inner.stop();
     }
 
+    fn is_stopped(&self) -> bool {
+        self.inner.is_stopped()
+    }
+
     fn counters(&self) -> Counters {
         self.inner.counters()
     }
@@ -137,6 +141,14 @@ impl<D: Device> Device for TapDevice<D> {
 
     fn copies(&self) -> Copies {
         self.inner.copies()
+    }
+
+    fn steering(&self) -> Option<Steering> {
+        self.inner.steering()
+    }
+
+    fn passed_event(&self) -> Option<BorrowedFd<'_>> {
+        self.inner.passed_event()
     }
 
     fn tap(&self) -> Option<TapSnapshot> {

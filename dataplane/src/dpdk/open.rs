@@ -12,6 +12,7 @@ use super::pair::{self, Claim, PairError};
 use super::spec::DeviceSpec;
 use super::vdev;
 use crate::device::attachments::ATTACHMENTS_MAX;
+use crate::engine::udp;
 
 /// How to bring DPDK up and open a port.
 ///
@@ -31,22 +32,43 @@ pub struct Options {
     pub rx_descriptors: u16,
     /// Transmit descriptors wanted.
     pub tx_descriptors: u16,
+    /// Queue pairs wanted; those of a local pair are as many at both ends.
+    pub queues: u16,
+    /// UDP port of the first queue's engine; those of the others follow. A device
+    /// that can sort by port is told so.
+    pub first_udp_port: u16,
     /// How long the second end of a pair waits for the first one.
     pub peer_limit: Duration,
 }
 
+/// Two pools of 9 KiB buffers come to 60 MiB for each queue, virtio's own memory
+/// to a few for all.
+const QUEUE_MIB: u32 = 64;
+
 impl Default for Options {
     fn default() -> Self {
         Self {
-            // Two pools of 9 KiB buffers come to 60 MiB, virtio's own to a few.
-            memory_mib: 128,
+            memory_mib: 2 * QUEUE_MIB,
             no_huge: false,
             pci: Vec::new(),
             mtu: 9000,
             rx_descriptors: 1024,
             tx_descriptors: 1024,
+            queues: 1,
+            first_udp_port: udp::Config::default().port,
             // vhost tries to connect once a second.
             peer_limit: Duration::from_secs(5),
+        }
+    }
+}
+
+impl Options {
+    /// The default ones, for so many queues.
+    pub fn with_queues(queues: u16) -> Self {
+        Self {
+            memory_mib: (u32::from(queues) + 1) * QUEUE_MIB,
+            queues,
+            ..Self::default()
         }
     }
 }
@@ -79,11 +101,15 @@ pub enum OpenError {
     PeerAbsent(PathBuf),
 }
 
-/// What [`super::Port::open`] does but for making the port.
-pub(super) fn open(
-    spec: &DeviceSpec,
-    options: &Options,
-) -> Result<(Library, NonNull<abi::Port>, Option<Claim>), OpenError> {
+/// What opening a port gives: a handle for each of its queues.
+pub(super) struct Opened {
+    pub(super) library: Library,
+    pub(super) queues: Vec<NonNull<abi::Port>>,
+    pub(super) claim: Option<Claim>,
+}
+
+/// What [`super::open_queues`] does but for making the queues' handles.
+pub(super) fn open(spec: &DeviceSpec, options: &Options) -> Result<Opened, OpenError> {
     let library = super::load()?;
     bring_up(library, spec, options)?;
     register_thread(library)?;
@@ -99,11 +125,12 @@ pub(super) fn open(
         DeviceSpec::Pci(text) => (None, text.clone(), options.mtu),
         DeviceSpec::Vdev(text) => {
             let (devargs, mtu) = vdev::complete(text, options.mtu, vdev::link_mtu);
-            (None, devargs, mtu)
+            (None, vdev::with_queues(devargs, options.queues), mtu)
         }
         DeviceSpec::Pair(socket) => {
             let claim = Claim::take(socket)?;
-            let devargs = claim.devargs(options.rx_descriptors.max(options.tx_descriptors));
+            let descriptors = options.rx_descriptors.max(options.tx_descriptors);
+            let devargs = claim.devargs(descriptors, options.queues);
             (Some(claim), devargs, options.mtu)
         }
     };
@@ -113,7 +140,11 @@ pub(super) fn open(
     let opened = open_port(library, &devargs, mtu, options);
     let cut_short = limit.is_some_and(|limit| limit.finish());
     match (opened, spec) {
-        (Ok(raw), _) => Ok((library, raw, claim)),
+        (Ok(queues), _) => Ok(Opened {
+            library,
+            queues,
+            claim,
+        }),
         (Err(_), DeviceSpec::Pair(socket)) if cut_short => {
             Err(OpenError::PeerAbsent(socket.clone()))
         }
@@ -150,7 +181,7 @@ fn bring_up(library: Library, spec: &DeviceSpec, options: &Options) -> Result<()
     }
 }
 
-fn register_thread(library: Library) -> Result<(), OpenError> {
+pub(super) fn register_thread(library: Library) -> Result<(), OpenError> {
     let mut text = abi::Text::EMPTY;
     // SAFETY: the text lives through the call.
     match unsafe { (library.api().thread_register)(&mut text) } {
@@ -167,22 +198,25 @@ fn open_port(
     devargs: &str,
     mtu: u16,
     options: &Options,
-) -> Result<NonNull<abi::Port>, String> {
+) -> Result<Vec<NonNull<abi::Port>>, String> {
     let devargs = CString::new(devargs).map_err(|error| error.to_string())?;
     let config = abi::PortConfig {
         devargs: devargs.as_ptr(),
         rx_descriptors: options.rx_descriptors,
         tx_descriptors: options.tx_descriptors,
         mtu,
+        queues: options.queues.max(1),
+        first_udp_port: options.first_udp_port,
         reserved: 0,
         spare_mbufs: 1024,
         attachments: ATTACHMENTS_MAX as u32,
     };
-    let (mut port, mut text) = (std::ptr::null_mut(), abi::Text::EMPTY);
-    // SAFETY: all three live through the call.
-    let status = unsafe { (library.api().port_open)(&config, &mut port, &mut text) };
-    match NonNull::new(port) {
-        Some(port) if status == abi::STATUS_OK => Ok(port),
-        _ => Err(text.as_str().into()),
+    let mut queues = vec![std::ptr::null_mut(); usize::from(config.queues)];
+    let mut text = abi::Text::EMPTY;
+    // SAFETY: all three live through the call; there is a place for each queue.
+    let status = unsafe { (library.api().port_open)(&config, queues.as_mut_ptr(), &mut text) };
+    if status != abi::STATUS_OK {
+        return Err(text.as_str().into());
     }
+    Ok(queues.into_iter().filter_map(NonNull::new).collect())
 }

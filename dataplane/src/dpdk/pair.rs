@@ -119,14 +119,14 @@ impl Claim {
         self.end
     }
 
-    /// The device for DPDK, with rings of `descriptors` frames.
-    pub fn devargs(&self, descriptors: u16) -> String {
+    /// The device for DPDK, with so many queues of rings of `descriptors` frames.
+    pub fn devargs(&self, descriptors: u16, queues: u16) -> String {
         let socket = self.socket.display();
         match self.end {
-            End::Vhost => format!("net_vhost0,iface={socket},client=1,queues=1"),
+            End::Vhost => format!("net_vhost0,iface={socket},client=1,queues={queues}"),
             End::VirtioUser => {
                 let size = descriptors.next_power_of_two();
-                format!("net_virtio_user0,path={socket},server=1,queues=1,queue_size={size}")
+                format!("net_virtio_user0,path={socket},server=1,queues={queues},queue_size={size}")
             }
         }
     }

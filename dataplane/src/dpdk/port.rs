@@ -9,7 +9,7 @@ use arrayvec::ArrayVec;
 use genie_dpdk_abi as abi;
 
 use super::library::Library;
-use super::open::{OpenError, Options};
+use super::open::{OpenError, Opened, Options};
 use super::pair::Claim;
 use super::spec::DeviceSpec;
 use crate::device::attachments::Attachments;
@@ -22,9 +22,10 @@ use crate::memory::{Lease, Region, View};
 /// and for a frame whose payload is not attached.
 const NO_HANDLE: u32 = u32::MAX;
 
-/// An open port with one queue pair.
+/// One queue pair of an open port.
 ///
-/// May only be used from the thread that opened it, which DPDK then knows.
+/// May only be used from the thread that opened it, or that it was given to
+/// with [`Queue::enter`]: DPDK then knows that thread.
 #[derive(Debug)]
 pub struct Port {
     pub(super) library: Library,
@@ -40,21 +41,69 @@ pub struct Port {
     /// Room for a burst, so that an idle poll need not clear any.
     pub(super) received: Box<[MaybeUninit<abi::RxFrame>; BURST_MAX]>,
     pub(super) unusable_frames: u64,
-    _claim: Option<Claim>,
+    /// Whether other queues of the port are somebody else's.
+    shares_port: bool,
+    /// Kept until the last queue is closed.
+    _claim: Option<Arc<Claim>>,
+}
+
+/// One queue pair of an open port, which no thread uses yet.
+#[derive(Debug)]
+pub struct Queue(Port);
+
+// SAFETY: the library takes calls for a handle from any thread, one at a time;
+// whoever has the `Queue` is the only one who can make them, and burst functions
+// are called only after `enter`, from then on by one thread.
+unsafe impl Send for Queue {}
+
+impl Queue {
+    /// Makes it the calling thread's.
+    pub fn enter(self) -> Result<Port, OpenError> {
+        super::open::register_thread(self.0.library)?;
+        Ok(self.0)
+    }
+
+    /// What the port can do.
+    pub fn capabilities(&self) -> &Capabilities {
+        &self.0.capabilities
+    }
+}
+
+/// Loads the library, brings DPDK up if this is the first port, and opens the
+/// device with as many queues as `options` say; one for each thread.
+pub fn open_queues(spec: &DeviceSpec, options: &Options) -> Result<Vec<Queue>, OpenError> {
+    let Opened {
+        library,
+        queues,
+        claim,
+    } = super::open::open(spec, options)?;
+    let claim = claim.map(Arc::new);
+    let several = queues.len() > 1;
+    let queue = |raw| {
+        let mut port = Port::new(library, raw, claim.clone(), spec.to_string());
+        port.shares_port = several;
+        Queue(port)
+    };
+    Ok(queues.into_iter().map(queue).collect())
 }
 
 impl Port {
     /// Loads the library, brings DPDK up if this is the first port, and opens
     /// the device. To be called on the thread that will use the port.
     pub fn open(spec: &DeviceSpec, options: &Options) -> Result<Self, OpenError> {
-        let (library, raw, claim) = super::open::open(spec, options)?;
-        Ok(Self::new(library, raw, claim, spec.to_string()))
+        let one = Options {
+            queues: 1,
+            ..options.clone()
+        };
+        let mut queues = open_queues(spec, &one)?;
+        let Queue(port) = queues.pop().expect("as many as were asked for");
+        Ok(port)
     }
 
     fn new(
         library: Library,
         raw: NonNull<abi::Port>,
-        claim: Option<Claim>,
+        claim: Option<Arc<Claim>>,
         arguments: String,
     ) -> Self {
         let api = library.api();
@@ -86,6 +135,7 @@ impl Port {
             registrations: Registrations::default(),
             received: Box::new([const { MaybeUninit::uninit() }; BURST_MAX]),
             unusable_frames: 0,
+            shares_port: false,
             _claim: claim,
         }
     }
@@ -274,6 +324,11 @@ impl Device for Port {
         unsafe { (self.library.api().port_stop)(self.raw.as_ptr()) };
     }
 
+    fn is_stopped(&self) -> bool {
+        // SAFETY: an open port.
+        unsafe { (self.library.api().port_stopped)(self.raw.as_ptr()) == 1 }
+    }
+
     fn counters(&self) -> Counters {
         let stats = self.stats();
         Counters {
@@ -293,7 +348,11 @@ impl Device for Port {
     }
 
     fn lacks(&self) -> Vec<String> {
-        lacks(self.info.caps)
+        let mut lacks = lacks(self.info.caps);
+        if self.shares_port && !self.info.has(abi::CAP_RX_SORTS) {
+            lacks.push("sorting by UDP port: engines pass frames on".into());
+        }
+        lacks
     }
 
     fn copies(&self) -> Copies {
@@ -343,7 +402,9 @@ impl Device for Port {
 
 impl Drop for Port {
     fn drop(&mut self) {
-        self.stop();
+        if !self.shares_port {
+            self.stop();
+        }
         for region in self.registrations.take() {
             self.unmap(region);
         }

@@ -83,6 +83,26 @@ pub(super) fn complete(
     (devargs.into(), mtu)
 }
 
+/// The arguments for so many queues, unless the operator says how many.
+pub(super) fn with_queues(devargs: String, queues: u16) -> String {
+    let name = devargs.split(',').next().unwrap_or("");
+    let keys = [
+        ("net_vhost", "queues"),
+        ("net_virtio_user", "queues"),
+        ("net_af_packet", "qpairs"),
+        ("net_af_xdp", "queue_count"),
+    ];
+    let key = keys
+        .into_iter()
+        .find(|(driver, _)| name.starts_with(driver));
+    match key {
+        Some((_, key)) if queues > 1 && !devargs.contains(&format!(",{key}=")) => {
+            format!("{devargs},{key}={queues}")
+        }
+        _ => devargs,
+    }
+}
+
 /// An interface's MTU, of the network namespace that this process is in.
 pub(super) fn link_mtu(interface: &str) -> Option<u16> {
     if interface.contains('/') {
@@ -129,6 +149,26 @@ mod tests {
         let (devargs, mtu) = completed("net_af_packet0,iface=jumbo0");
         assert!(devargs.ends_with(LONG_FRAMES), "{devargs}");
         assert_eq!(mtu, 9000);
+    }
+
+    #[test]
+    fn queues_are_asked_for_in_each_drivers_words_but_once() {
+        let with = |devargs: &str, queues| with_queues(devargs.into(), queues);
+        assert_eq!(
+            with("net_vhost0,iface=/x", 2),
+            "net_vhost0,iface=/x,queues=2"
+        );
+        assert_eq!(
+            with("net_af_packet0,iface=x", 4),
+            "net_af_packet0,iface=x,qpairs=4"
+        );
+        for (same, queues) in [
+            ("net_vhost0,iface=/x", 1),
+            ("net_virtio_user0,path=/x,queues=1", 2),
+            ("net_memif0,id=1", 2),
+        ] {
+            assert_eq!(with(same, queues), same);
+        }
     }
 
     #[test]

@@ -141,6 +141,44 @@ pub enum Parsed {
     Bad,
 }
 
+/// Whom a frame is for, among the engines of one device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Addressee {
+    /// The one that listens on this UDP port.
+    Port(u16),
+    /// All of them: an answer of ARP or neighbour discovery.
+    Everybody,
+    /// Whoever sees it.
+    Anybody,
+}
+
+/// Whom a frame is for, from its beginning; whether it is sound is left to
+/// [`parse`], by whoever it is for.
+pub fn addressee(head: &[u8]) -> Addressee {
+    const ETHERTYPE_ARP: [u8; 2] = [0x08, 0x06];
+    const ARP_REPLY: [u8; 2] = [0, 2];
+    const PROTOCOL_ICMPV6: u8 = 58;
+    const NEIGHBOUR_ADVERTISEMENT: u8 = 136;
+    let two = |at: usize| Some([*head.get(at)?, *head.get(at + 1)?]);
+    let port = |udp: usize| two(udp + 2).map(u16::from_be_bytes);
+    let found = match two(12) {
+        Some(ETHERTYPE_IPV4) if head.get(ETHERNET + 9) == Some(&PROTOCOL_UDP) => {
+            port(ETHERNET + IPV4).map(Addressee::Port)
+        }
+        Some(ETHERTYPE_IPV6) => match head.get(ETHERNET + 6) {
+            Some(&PROTOCOL_UDP) => port(ETHERNET + IPV6).map(Addressee::Port),
+            Some(&PROTOCOL_ICMPV6) => (head.get(ETHERNET + IPV6) == Some(&NEIGHBOUR_ADVERTISEMENT))
+                .then_some(Addressee::Everybody),
+            _ => None,
+        },
+        Some(ETHERTYPE_ARP) => {
+            (two(ETHERNET + 6) == Some(ARP_REPLY)).then_some(Addressee::Everybody)
+        }
+        _ => None,
+    };
+    found.unwrap_or(Addressee::Anybody)
+}
+
 /// Parses the beginning `head` of a frame that is `frame_len` bytes long.
 ///
 /// `head` must hold the first [`HEADERS_MAX`] bytes, or all if there are fewer.

@@ -155,14 +155,20 @@ pub(super) struct Bed {
 }
 
 impl Bed {
-    /// For a device that reports frames on `rx_event`, if it does.
-    pub(super) fn new(rx_event: Option<BorrowedFd<'_>>) -> rustix::io::Result<Self> {
+    /// For a device that reports frames on `rx_event`, if it does, and those
+    /// that other queues pass on, on `passed`.
+    pub(super) fn new(
+        rx_event: Option<BorrowedFd<'_>>,
+        passed: Option<BorrowedFd<'_>>,
+    ) -> rustix::io::Result<Self> {
         let Some(event) = rx_event else {
             return Ok(Self { frames: None });
         };
         let frames = epoll::create(CreateFlags::CLOEXEC)?;
         let flags = EventFlags::IN | EventFlags::ET;
-        epoll::add(&frames, event, EventData::new_u64(0), flags)?;
+        for event in std::iter::once(event).chain(passed) {
+            epoll::add(&frames, event, EventData::new_u64(0), flags)?;
+        }
         Ok(Self {
             frames: Some(frames),
         })
@@ -194,7 +200,7 @@ impl Bed {
             let mut events = [Event {
                 flags: EventFlags::empty(),
                 data: EventData::new_u64(0),
-            }];
+            }; 2];
             let _ = epoll::wait(frames, &mut events, Some(&Timespec::default()));
         }
     }
@@ -268,10 +274,11 @@ mod tests {
         use rustix::event::EventfdFlags;
         let eventfd = || rustix::event::eventfd(0, EventfdFlags::NONBLOCK).unwrap();
         let (bell, frames) = (eventfd(), eventfd());
-        let bed = Bed::new(Some(frames.as_fd())).unwrap();
+        let passed = eventfd();
+        let bed = Bed::new(Some(frames.as_fd()), Some(passed.as_fd())).unwrap();
         let limit = Duration::from_secs(60);
-        for _ in 0..3 {
-            rustix::io::write(&frames, &1u64.to_ne_bytes()).unwrap();
+        for event in [&frames, &passed, &frames, &frames, &passed] {
+            rustix::io::write(event, &1u64.to_ne_bytes()).unwrap();
             let start = Instant::now();
             bed.sleep(&bell, limit);
             assert!(start.elapsed() < limit / 2, "the report was missed");

@@ -45,8 +45,9 @@ pub struct Receiver<T> {
     bell: Arc<Bell>,
 }
 
+/// What wakes a thread that sleeps, by whoever puts something into its rings.
 #[derive(Debug)]
-struct Bell {
+pub(super) struct Bell {
     handshake: Handshake,
     eventfd: OwnedFd,
 }
@@ -54,11 +55,7 @@ struct Bell {
 /// Makes a ring for `capacity` values.
 pub fn ring<T>(capacity: usize) -> rustix::io::Result<(Sender<T>, Receiver<T>)> {
     let (producer, consumer) = rtrb::RingBuffer::new(capacity);
-    let eventfd = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
-    let bell = Arc::new(Bell {
-        handshake: Handshake::new(),
-        eventfd,
-    });
+    let bell = Arc::new(Bell::new()?);
     Ok((
         Sender {
             ring: producer,
@@ -136,6 +133,12 @@ impl<T> Receiver<T> {
     }
 }
 
+impl AsFd for Bell {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.eventfd.as_fd()
+    }
+}
+
 impl<T> AsFd for Receiver<T> {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.bell.eventfd.as_fd()
@@ -200,7 +203,27 @@ impl<T> Outbox<T> {
 }
 
 impl Bell {
-    fn ring_if_asleep(&self) {
+    pub(super) fn new() -> rustix::io::Result<Self> {
+        let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
+        Ok(Self {
+            handshake: Handshake::new(),
+            eventfd: rustix::event::eventfd(0, flags)?,
+        })
+    }
+
+    /// Announces sleep; the rings must be looked at once more after this.
+    pub(super) fn prepare_sleep(&self) {
+        self.handshake.prepare_sleep();
+    }
+
+    /// Ends what [`Bell::prepare_sleep`] began. The descriptor stays readable
+    /// once it was: for whoever waits for edges.
+    pub(super) fn finish_sleep(&self) {
+        self.handshake.finish_sleep();
+    }
+
+    /// To be called after something was put into a ring.
+    pub(super) fn ring_if_asleep(&self) {
         if self.handshake.must_wake() {
             self.ring();
         }

@@ -8,8 +8,8 @@ use std::time::Duration;
 use genie_proto::SessionId;
 use serde::{Deserialize, Serialize};
 
-use crate::device::Counters;
 use crate::device::tap::TapSnapshot;
+use crate::device::{Counters, Steering};
 use crate::ledger::Copies;
 
 /// How often an engine publishes: rarely enough to cost nothing, often enough
@@ -55,6 +55,9 @@ pub struct Snapshot {
     /// The device's receive ring; none for kernel sockets.
     #[serde(default)]
     pub ring: Option<RingSnapshot>,
+    /// Which of several queues of its device it drives; none where that has one.
+    #[serde(default)]
+    pub steering: Option<Steering>,
     /// Open sessions.
     pub sessions: Vec<SessionSnapshot>,
 }

@@ -8,6 +8,7 @@
 #![forbid(unsafe_code)]
 
 mod offer;
+mod queues;
 mod session;
 mod slots;
 mod thread;
@@ -34,6 +35,7 @@ use session::Session;
 use slots::{Slots, SlotsError};
 
 pub use offer::{Offer, OfferRefused, Offers};
+pub use queues::{QueuesError, spawn_queues};
 pub use thread::{SpawnError, spawn};
 
 /// How an engine is set up.
@@ -572,11 +574,14 @@ impl<D: Device> Polled<D> {
     /// stopped, which makes it, and every session with it.
     fn fail(&mut self, now: Time) {
         let Self { device, core, .. } = self;
-        tracing::error!(
-            driver = device.capabilities().driver,
-            "the transmit queue is stuck: the device is stopped, and its engine with it"
-        );
-        device.stop();
+        // Of several queues the others may not have left yet.
+        if !device.is_stopped() {
+            tracing::error!(
+                driver = device.capabilities().driver,
+                "the transmit queue is stuck: the device is stopped, and its engine with it"
+            );
+            device.stop();
+        }
         core.stopping = true;
         let copying = session::Copying::of(device.capabilities());
         for session in core.sessions.values_mut() {
@@ -599,6 +604,8 @@ impl<D: Device> Polled<D> {
         }
         core.published = now;
         device.sweep();
+        // By another queue's owner: sessions are lost as on a link that is down.
+        core.stopping |= device.is_stopped() && core.sessions.is_empty();
         core.status.publish(|snapshot| {
             snapshot.driver.clone_from(&device.capabilities().driver);
             if snapshot.mtu.is_none() {
@@ -615,6 +622,7 @@ impl<D: Device> Polled<D> {
             snapshot.copies.genie += core.totals.copied_bytes;
             snapshot.sealed = core.totals.sealed;
             snapshot.idle = core.idle;
+            snapshot.steering = device.steering();
             let mut resent = core.totals.resent;
             let mut ring = ring(device.capabilities().rx_descriptors);
             snapshot.sessions.clear();

@@ -33,7 +33,10 @@ pub(crate) struct Node {
 
 impl Node {
     pub(crate) fn start<D: Device + Send + 'static>(device: D, config: Config) -> Self {
-        let (running, local) = udp::spawn(config, move || Ok::<_, Infallible>(device)).unwrap();
+        Self::of(udp::spawn(config, move || Ok::<_, Infallible>(device)).unwrap())
+    }
+
+    pub(crate) fn of((running, local): (Running, Local)) -> Self {
         let Running {
             endpoint,
             completions,

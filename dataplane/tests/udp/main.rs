@@ -5,6 +5,7 @@ mod faults;
 mod harness;
 mod offers;
 mod polled;
+mod queues;
 mod resume;
 mod sealed;
 mod transfers;

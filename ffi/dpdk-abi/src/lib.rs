@@ -21,7 +21,7 @@ use core::ffi::{c_char, c_void};
 pub const SYMBOL: &str = "genie_dpdk_api";
 
 /// Version of the layout; checked before anything behind it is touched.
-pub const ABI_VERSION: u32 = 3;
+pub const ABI_VERSION: u32 = 4;
 
 /// Version of the workspace and a hash of this file.
 pub const BUILD_ID: &str = env!("GENIE_DPDK_BUILD_ID");
@@ -71,11 +71,15 @@ pub struct PortConfig {
     pub tx_descriptors: u16,
     /// Largest IP packet in bytes.
     pub mtu: u16,
+    /// Queue pairs wanted, each of which becomes a handle; 0 is one.
+    pub queues: u16,
+    /// UDP port of the first queue's owner; those of the others follow.
+    pub first_udp_port: u16,
     /// Must be zero.
     pub reserved: u16,
-    /// Packet buffers in the pool beyond those that the rings hold.
+    /// Packet buffers in each pool beyond those that the rings hold.
     pub spare_mbufs: u32,
-    /// The most slices of external memory attached at once.
+    /// The most slices of external memory attached at once, to each queue.
     pub attachments: u32,
 }
 
@@ -132,6 +136,10 @@ pub const CAP_FRAGILE: u64 = 1 << 11;
 /// driver collects when it needs room, and attached memory may stay referred to
 /// until more frames were sent or the port is closed.
 pub const CAP_TX_REAP: u64 = 1 << 12;
+
+/// The device sorts datagrams by their UDP port to the queue of whoever owns it;
+/// otherwise they come to any queue.
+pub const CAP_RX_SORTS: u64 = 1 << 13;
 
 /// A received frame. The caller owns the packet buffer until it hands the
 /// frame to [`Api::rx_free`], once, on the thread and port it came from.
@@ -191,7 +199,8 @@ pub struct DeviceMemory {
     pub iova_count: u64,
 }
 
-/// Counters of an open port, since it was opened.
+/// Counters of an open port, since it was opened. Where it has several queues,
+/// frames and bytes are those of one, and what the port lost the first one's.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
 pub struct PortStats {
@@ -218,10 +227,11 @@ pub struct PortStats {
     pub tx_pending: u64,
 }
 
-/// An open port with one receive and one transmit queue. Opaque.
+/// One receive and one transmit queue of an open port. Opaque.
 ///
 /// Everything that takes one may only be called from one thread at a time, and
 /// the burst functions from one thread that called [`Api::thread_register`].
+/// The handles of one port may be used from one thread each.
 #[repr(C)]
 pub struct Port {
     _opaque: [u8; 0],
@@ -245,11 +255,14 @@ pub struct Api {
     /// Gives the calling thread an lcore id and so caches of its own. Idempotent;
     /// undone when the thread ends.
     pub thread_register: unsafe extern "C" fn(*mut Text) -> i32,
-    /// Opens and starts a port.
+    /// Opens and starts a port, and writes a handle for each queue pair into an
+    /// array of that many.
     pub port_open: unsafe extern "C" fn(*const PortConfig, *mut *mut Port, *mut Text) -> i32,
-    /// Stops the port, frees what it holds and the handle itself; attached
-    /// memory is released. Returns how many packet buffers never came back: 0,
-    /// unless received frames were not freed, or a driver leaks.
+    /// Gives a queue up, and the handle itself; attached memory is released.
+    /// The last queue's stops the port and frees what it holds. Returns how many
+    /// packet buffers never came back: 0, unless received frames were not freed,
+    /// or a driver leaks. While other queues are open, how many still refer to
+    /// memory attached to this one.
     pub port_close: unsafe extern "C" fn(*mut Port) -> i64,
     /// What the port is and can do; does not change.
     pub port_info: unsafe extern "C" fn(*const Port, *mut PortInfo) -> i32,
@@ -257,6 +270,8 @@ pub struct Api {
     pub port_link: unsafe extern "C" fn(*const Port) -> i32,
     /// The port's own counters.
     pub port_stats: unsafe extern "C" fn(*const Port, *mut PortStats) -> i32,
+    /// 1 if the port was stopped, by whichever of its queues.
+    pub port_stopped: unsafe extern "C" fn(*const Port) -> i32,
     /// Receives up to [`BURST_MAX`] frames into an array of that many.
     pub rx_burst: unsafe extern "C" fn(*mut Port, *mut RxFrame, u32) -> u32,
     /// Gives frames back.
@@ -267,9 +282,11 @@ pub struct Api {
     pub tx_burst: unsafe extern "C" fn(*mut Port, *const TxFrame, u32) -> u32,
     /// Offers kept frames to the ring and collects those that were sent.
     pub tx_reap: unsafe extern "C" fn(*mut Port),
-    /// Stops the queue and frees every frame in it, sent or not. The port
-    /// carries nothing after. A driver may keep packet buffers until
-    /// `port_close`: ask [`Api::ext_refs`] before releasing memory.
+    /// Stops the port, all queues of it, and frees every frame in them, sent or
+    /// not. The port carries nothing after. With several queues it happens when
+    /// the last of their threads has called a burst function. A driver may keep
+    /// packet buffers until `port_close`: ask [`Api::ext_refs`] before releasing
+    /// memory.
     pub port_stop: unsafe extern "C" fn(*mut Port) -> i32,
     /// Lets frames refer to this memory; returns a handle, or a negative status.
     pub ext_attach: unsafe extern "C" fn(*mut Port, *const u8, u64, *mut Text) -> i64,
@@ -378,13 +395,13 @@ macro_rules! assert_layout {
 assert_layout! {
     Text: 512, 1;
     EalConfig: 24, 8;
-    PortConfig: 24, 8;
+    PortConfig: 32, 8;
     PortInfo: 64, 8;
     RxFrame: 40, 8;
     TxFrame: 32, 8;
     PortStats: 80, 8;
     DeviceMemory: 40, 8;
-    Api: 256, 8;
+    Api: 264, 8;
 }
 
 #[cfg(test)]

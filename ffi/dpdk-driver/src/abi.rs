@@ -48,6 +48,7 @@ pub extern "C" fn genie_dpdk_api() -> *const Api {
             port_info,
             port_link,
             port_stats,
+            port_stopped,
             rx_burst,
             rx_free,
             tx_burst,
@@ -171,6 +172,8 @@ unsafe extern "C" fn port_open(
             rx_descriptors: config.rx_descriptors,
             tx_descriptors: config.tx_descriptors,
             mtu: config.mtu,
+            queues: config.queues.max(1),
+            first_udp_port: config.first_udp_port,
             spare_mbufs: config.spare_mbufs,
             attachments: config.attachments,
         };
@@ -180,9 +183,14 @@ unsafe extern "C" fn port_open(
             .and_then(|up| Port::open(up, &options));
         match opened {
             Ok(opened) => {
-                let handle = Box::into_raw(Box::new(opened)).cast::<PortHandle>();
-                // SAFETY: a place of the caller's, by the ABI.
-                unsafe { port.write(handle) };
+                for (index, queue) in opened.into_iter().enumerate() {
+                    let handle = Box::into_raw(Box::new(queue)).cast::<PortHandle>();
+                    // SAFETY: an array of the caller's, by the ABI, with a place
+                    // for each of `config.queues`.
+                    let place = unsafe { port.add(index) };
+                    // SAFETY: as above.
+                    unsafe { place.write(handle) };
+                }
                 STATUS_OK
             }
             Err(error) => refuse(text, &error, error.status()),
@@ -288,6 +296,14 @@ unsafe extern "C" fn port_stop(port: *mut PortHandle) -> i32 {
         // SAFETY: a live handle, by the ABI.
         let port = unsafe { port_mut(port) };
         port.stop().map_or_else(Errno::status, |()| STATUS_OK)
+    })
+}
+
+unsafe extern "C" fn port_stopped(port: *const PortHandle) -> i32 {
+    guard(1, || {
+        // SAFETY: a live handle, by the ABI.
+        let port = unsafe { port_ref(port) };
+        i32::from(port.was_stopped())
     })
 }
 

@@ -52,6 +52,8 @@ pub(crate) enum DirectError {
     NoSplit { driver: String },
     #[error("headers are split from payloads already")]
     SplitAlready,
+    #[error("the port has {queues} queues, of which none can be set up anew by itself")]
+    Queues { queues: u16 },
     #[error("the port is stopped")]
     Stopped,
 }
@@ -60,7 +62,7 @@ impl DirectError {
     pub(crate) fn status(&self) -> i32 {
         match self {
             Self::Call { errno, .. } => errno.status(),
-            Self::NoSplit { .. } => Errno::NOTSUP.status(),
+            Self::NoSplit { .. } | Self::Queues { .. } => Errno::NOTSUP.status(),
             Self::Out { .. } | Self::PoolThere | Self::SplitAlready => Errno::BUSY.status(),
             Self::Stopped => Errno::NODEV.status(),
             _ => Errno::INVAL.status(),
@@ -282,6 +284,10 @@ impl Port {
     ) -> Result<(), DirectError> {
         if !self.is_running() {
             return Err(DirectError::Stopped);
+        }
+        let queues = self.queue_count();
+        if queues > 1 {
+            return Err(DirectError::Queues { queues });
         }
         let port = self.number();
         // SAFETY: a started port; this thread is not in a burst function.

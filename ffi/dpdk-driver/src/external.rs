@@ -64,8 +64,15 @@ impl External {
         }
     }
 
+    /// Packet buffers that refer to attachments.
+    pub(crate) fn references(&self) -> u32 {
+        let handles = 0..self.slots.len() as u32;
+        let others = |handle| self.refs(handle).saturating_sub(1);
+        handles.map(others).sum()
+    }
+
     /// Whether a packet buffer refers to any attachment.
     pub(crate) fn in_flight(&self) -> bool {
-        (0..self.slots.len() as u32).any(|handle| self.refs(handle) > 1)
+        self.references() > 0
     }
 }

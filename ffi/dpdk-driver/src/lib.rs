@@ -36,6 +36,7 @@ mod mempool;
 mod port;
 #[cfg(dpdk)]
 mod queue;
+mod shared;
 
 #[cfg(dpdk)]
 pub use abi::genie_dpdk_api;

@@ -1,6 +1,7 @@
-//! A port: an Ethernet device with one queue pair, and all it needs.
+//! A port: an Ethernet device with its queue pairs, and all they need.
 
 use std::ffi::{CStr, CString, NulError};
+use std::sync::Arc;
 
 use genie_dpdk_abi as abi;
 use genie_dpdk_sys as sys;
@@ -10,7 +11,8 @@ use crate::eal::{Eal, EalError};
 use crate::errno::Errno;
 use crate::external::External;
 use crate::mempool::Mempool;
-use crate::queue::QueuePair;
+use crate::queue::{Counts, QueuePair};
+use crate::shared::{Device, Retired, Shared};
 
 /// Ethernet header, without VLAN tags.
 const ETHERNET_HEADER: u32 = 14;
@@ -25,6 +27,8 @@ pub(crate) struct PortOptions {
     pub(crate) rx_descriptors: u16,
     pub(crate) tx_descriptors: u16,
     pub(crate) mtu: u16,
+    pub(crate) queues: u16,
+    pub(crate) first_udp_port: u16,
     pub(crate) spare_mbufs: u32,
     pub(crate) attachments: u32,
 }
@@ -52,6 +56,12 @@ pub(crate) enum OpenError {
         max: u16,
         wanted: u16,
     },
+    #[error("{driver} has at most {most} queues, not {wanted}: ask for no more with --queues")]
+    Queues {
+        driver: String,
+        most: u16,
+        wanted: u16,
+    },
     #[error("{driver}: {step} fails: {errno}")]
     Step {
         driver: String,
@@ -70,42 +80,26 @@ impl OpenError {
     }
 }
 
-/// An attached device; closed and detached on drop.
-struct Device {
-    port: u16,
-    device: *mut sys::rte_device,
-}
-
-impl Drop for Device {
-    fn drop(&mut self) {
-        // SAFETY: the port is ours and no thread is in a burst function.
-        unsafe { sys::rte_eth_dev_close(self.port) };
-        // A PCI device attached at start is detached likewise; another open
-        // probes it anew.
-        // SAFETY: the bus owns the device and it is still attached.
-        unsafe { sys::rte_dev_remove(self.device) };
-    }
-}
-
-/// A started port. May only be used from one thread at a time.
+/// One queue pair of a started port. May only be used from one thread at a time.
 ///
 /// Fields are in the order in which they must go: frames kept by the queues,
 /// the device with those in its rings, then the pools all of them came from.
 pub(crate) struct Port {
     pub(crate) queues: QueuePair,
-    device: Device,
+    shared: Arc<Shared>,
     external: External,
     rx_pool: Mempool,
     tx_pool: Mempool,
     /// Packet buffers in a GPU's memory; see [`crate::direct`].
     pub(crate) device_pool: Option<Mempool>,
     info: abi::PortInfo,
+    /// Whether this queue has left.
     stopped: bool,
 }
 
 impl Port {
-    /// Attaches, configures and starts a device.
-    pub(crate) fn open(eal: Eal, options: &PortOptions) -> Result<Self, OpenError> {
+    /// Attaches, configures and starts a device; returns its queues.
+    pub(crate) fn open(eal: Eal, options: &PortOptions) -> Result<Vec<Self>, OpenError> {
         if capability::is_pci(&options.devargs) && !eal.has_pci {
             return Err(OpenError::PciOff(options.devargs.clone()));
         }
@@ -138,6 +132,15 @@ impl Port {
                 wanted,
             });
         }
+        let most = raw.max_rx_queues.min(raw.max_tx_queues);
+        if options.queues > most {
+            let wanted = options.queues;
+            return Err(OpenError::Queues {
+                driver,
+                most,
+                wanted,
+            });
+        }
         let caps = capabilities(&raw, traits);
         let set_up_with = |caps| set_up(port, &raw, caps, traits, mtu, options);
         let without = caps & !abi::CAP_RX_INTERRUPT;
@@ -151,8 +154,7 @@ impl Port {
             tx_descriptors,
             numa_node,
             max_frame,
-            rx_pool,
-            tx_pool,
+            pools,
         } = set_up.map_err(|(step, errno)| failed(step)(errno))?;
         // For neighbour discovery. Devices without filters have no such
         // function and let everything in.
@@ -167,42 +169,67 @@ impl Port {
         };
         let caps = if reaps { caps | abi::CAP_TX_REAP } else { caps };
 
-        let mut info = abi::PortInfo {
+        // Where it fails frames come to any queue, whose owner passes them on.
+        let sorts = options.queues > 1 && sort(port, options).is_ok();
+        let caps = if sorts {
+            caps | abi::CAP_RX_SORTS
+        } else {
+            caps
+        };
+        let info = abi::PortInfo {
             driver: fixed(&driver),
             mac: mac(port).map_err(failed("reading its address"))?,
             mtu,
             max_frame,
             rx_descriptors,
             tx_descriptors,
-            mbufs: rx_pool.count() + tx_pool.count(),
+            mbufs: pools[0].0.count() + pools[0].1.count(),
             numa_node,
             caps,
         };
-        let mut external = External::new(options.attachments);
+        let shared = Arc::new(Shared::new(device, options.queues));
+        let queue = |(index, pools)| {
+            let shared = Arc::clone(&shared);
+            Self::new(shared, index, pools, info, options.attachments)
+        };
+        Ok((0..options.queues).zip(pools).map(queue).collect())
+    }
+
+    /// The handle of a queue that was set up with these pools.
+    fn new(
+        shared: Arc<Shared>,
+        index: u16,
+        (rx_pool, tx_pool): (Mempool, Mempool),
+        mut info: abi::PortInfo,
+        attachments: u32,
+    ) -> Self {
+        let mut external = External::new(attachments);
         let (attachments, attachment_count) = external.as_raw();
         let mode = sys::genie_tx_mode {
             pool: tx_pool.as_ptr(),
             attachments,
             attachment_count,
-            max_frame,
-            external: caps & abi::CAP_TX_EXTERNAL != 0,
+            max_frame: info.max_frame,
+            external: info.has(abi::CAP_TX_EXTERNAL),
         };
-        // SAFETY: the port was started just now and is nobody else's; pool and
-        // attachments are dropped after the queues, see the order of fields.
-        let queues = unsafe { QueuePair::new(port, mode) };
+        // SAFETY: the port was started just now, its queue of this index is
+        // nobody else's; pool and attachments are dropped after the queues, see
+        // the order of fields.
+        let mut queues = unsafe { QueuePair::new(shared.device.port, index, mode) };
         if queues.rx_wait_fd().is_none() {
             info.caps &= !abi::CAP_RX_INTERRUPT;
         }
-        Ok(Self {
+        queues.counts = (shared.queues > 1).then(Counts::default);
+        Self {
             queues,
-            device,
+            shared,
             external,
             rx_pool,
             tx_pool,
             device_pool: None,
             info,
             stopped: false,
-        })
+        }
     }
 
     pub(crate) fn info(&self) -> &abi::PortInfo {
@@ -211,11 +238,16 @@ impl Port {
 
     /// DPDK's number of it.
     pub(crate) fn number(&self) -> u16 {
-        self.device.port
+        self.shared.device.port
+    }
+
+    /// How many queues the port has.
+    pub(crate) fn queue_count(&self) -> u16 {
+        self.shared.queues
     }
 
     pub(crate) fn raw_device(&self) -> *mut sys::rte_device {
-        self.device.device
+        self.shared.device.device
     }
 
     pub(crate) fn rx_pool(&self) -> &Mempool {
@@ -226,6 +258,7 @@ impl Port {
     pub(crate) fn give_up(&mut self) {
         self.stopped = true;
         self.queues.drop_pending();
+        self.shared.leave_stopped();
     }
 
     pub(crate) fn external(&self) -> &External {
@@ -236,15 +269,24 @@ impl Port {
         &mut self.external
     }
 
-    /// Whether bursts may be moved: not after [`Port::stop`].
-    pub(crate) fn is_running(&self) -> bool {
+    /// Whether bursts may be moved: not after [`Port::stop`], of whichever queue.
+    pub(crate) fn is_running(&mut self) -> bool {
+        if !self.stopped && self.shared.is_stopping() {
+            // The thread that asked is answered by the memory it gets back.
+            let _ = self.leave();
+        }
         !self.stopped
+    }
+
+    /// Whether the port was stopped, by whichever queue.
+    pub(crate) fn was_stopped(&self) -> bool {
+        self.stopped || self.shared.is_stopping()
     }
 
     pub(crate) fn link_up(&self) -> bool {
         let mut link = sys::rte_eth_link::default();
         // SAFETY: a valid port; `link` is ours and written.
-        let status = unsafe { sys::rte_eth_link_get_nowait(self.device.port, &mut link) };
+        let status = unsafe { sys::rte_eth_link_get_nowait(self.shared.device.port, &mut link) };
         status == 0 && link.link_status() != 0
     }
 
@@ -252,39 +294,58 @@ impl Port {
         let mut raw = sys::rte_eth_stats::default();
         // SAFETY: a valid port; `raw` is ours and written.
         // Where a driver keeps no counters they stay zero.
-        let _ = unsafe { sys::rte_eth_stats_get(self.device.port, &mut raw) };
-        abi::PortStats {
+        let _ = unsafe { sys::rte_eth_stats_get(self.shared.device.port, &mut raw) };
+        let mut stats = abi::PortStats {
             rx_frames: raw.ipackets,
             rx_bytes: raw.ibytes,
             rx_missed: raw.imissed + raw.rx_nombuf,
             rx_errors: raw.ierrors,
             tx_frames: raw.opackets,
             tx_bytes: raw.obytes,
-            tx_errors: raw.oerrors + self.queues.bad_frames,
+            tx_errors: raw.oerrors,
             tx_copied_bytes: self.queues.copied_bytes,
             mbufs_free: u64::from(self.rx_pool.available() + self.tx_pool.available()),
             tx_pending: self.queues.pending() as u64,
+        };
+        if let Some(counts) = self.queues.counts {
+            stats.rx_frames = counts.rx_frames;
+            stats.rx_bytes = counts.rx_bytes;
+            stats.tx_frames = counts.tx_frames;
+            stats.tx_bytes = counts.tx_bytes;
+            if self.queues.index() > 0 {
+                (stats.rx_missed, stats.rx_errors, stats.tx_errors) = (0, 0, 0);
+            }
         }
+        stats.tx_errors += self.queues.bad_frames;
+        stats
     }
 
-    /// Stops the queues and frees all frames in them.
+    /// Stops the port: this queue at once, the others when they are next used.
     pub(crate) fn stop(&mut self) -> Result<(), Errno> {
-        if !self.stopped {
-            self.stopped = true;
-            self.queues.drop_pending();
-            // SAFETY: a started port; this thread is not in a burst function.
-            Errno::check(unsafe { sys::rte_eth_dev_stop(self.device.port) })?;
-        }
-        Ok(())
+        self.shared.stop();
+        self.leave()
     }
 
-    /// Closes the port; returns how many packet buffers did not come back.
+    /// Frees the frames that wait; the last queue to leave stops the port, which
+    /// frees those in its rings.
+    fn leave(&mut self) -> Result<(), Errno> {
+        if self.stopped {
+            return Ok(());
+        }
+        self.stopped = true;
+        self.queues.drop_pending();
+        self.shared.leave()
+    }
+
+    /// Closes this queue, and the port with its last one. Returns how many
+    /// packet buffers did not come back, or, while the port stays open, still
+    /// refer to memory attached here.
     pub(crate) fn close(mut self) -> u32 {
         // A device that cannot be stopped is closed all the same.
-        let _ = self.stop();
+        let _ = self.leave();
         let Self {
             queues,
-            device,
+            shared,
             external,
             rx_pool,
             tx_pool,
@@ -292,14 +353,11 @@ impl Port {
             ..
         } = self;
         drop(queues);
-        drop(device);
-        let apart = device_pool.as_ref().map_or(0, Mempool::in_use);
-        let missing = rx_pool.in_use() + tx_pool.in_use() + apart;
-        if external.in_flight() {
-            // A packet buffer that never came back points into the table.
-            std::mem::forget(external);
-        }
-        missing
+        let still = external.references();
+        let pools = [rx_pool, tx_pool].into_iter().chain(device_pool).collect();
+        shared.retire(Retired { external, pools });
+        // Closing is one at a time, so one of several is the last.
+        Arc::into_inner(shared).map_or(still, Shared::close)
     }
 
     /// Registers memory with DPDK and maps it for this device's DMA.
@@ -313,45 +371,48 @@ impl Port {
         len: u64,
         page_bytes: u64,
     ) -> Result<(), Errno> {
-        let base = base.cast();
-        // SAFETY: the caller's promise; IOVAs are addresses, so no table.
-        let status = unsafe {
-            sys::rte_extmem_register(
-                base,
-                len as usize,
-                std::ptr::null_mut(),
-                0,
-                page_bytes as usize,
-            )
-        };
-        match Errno::check(status) {
-            // Another port of this process registered it.
-            Ok(_) | Err(Errno::EXIST) => {}
-            Err(errno) => return Err(errno),
-        }
-        // SAFETY: registered memory and the device of an open port.
-        let status =
-            unsafe { sys::rte_dev_dma_map(self.device.device, base, base as u64, len as usize) };
-        match Errno::check(status) {
-            Ok(_) => Ok(()),
-            Err(errno) => {
-                // SAFETY: registered above; not mapped.
-                unsafe { sys::rte_extmem_unregister(base, len as usize) };
-                Err(errno)
+        self.shared.map(base, len, || {
+            let base = base.cast();
+            // SAFETY: the caller's promise; IOVAs are addresses, so no table.
+            let status = unsafe {
+                sys::rte_extmem_register(
+                    base,
+                    len as usize,
+                    std::ptr::null_mut(),
+                    0,
+                    page_bytes as usize,
+                )
+            };
+            match Errno::check(status) {
+                // Another port of this process registered it.
+                Ok(_) | Err(Errno::EXIST) => {}
+                Err(errno) => return Err(errno),
             }
-        }
+            let device = self.raw_device();
+            // SAFETY: registered memory and the device of an open port.
+            let status = unsafe { sys::rte_dev_dma_map(device, base, base as u64, len as usize) };
+            match Errno::check(status) {
+                Ok(_) => Ok(()),
+                Err(errno) => {
+                    // SAFETY: registered above; not mapped.
+                    unsafe { sys::rte_extmem_unregister(base, len as usize) };
+                    Err(errno)
+                }
+            }
+        })
     }
 
     /// Undoes [`Port::register`].
     pub(crate) fn unregister(&self, base: *mut u8, len: u64) -> Result<(), Errno> {
-        let base = base.cast();
-        // SAFETY: DPDK looks the range up and refuses one it does not know.
-        let status =
-            unsafe { sys::rte_dev_dma_unmap(self.device.device, base, base as u64, len as usize) };
-        Errno::check(status)?;
-        // SAFETY: as above.
-        Errno::check(unsafe { sys::rte_extmem_unregister(base, len as usize) })?;
-        Ok(())
+        self.shared.unmap(base, len, || {
+            let (base, device) = (base.cast(), self.raw_device());
+            // SAFETY: DPDK looks the range up and refuses one it does not know.
+            let status = unsafe { sys::rte_dev_dma_unmap(device, base, base as u64, len as usize) };
+            Errno::check(status)?;
+            // SAFETY: as above.
+            Errno::check(unsafe { sys::rte_extmem_unregister(base, len as usize) })?;
+            Ok(())
+        })
     }
 }
 
@@ -449,8 +510,8 @@ struct Setup {
     tx_descriptors: u16,
     numa_node: i32,
     max_frame: u32,
-    rx_pool: Mempool,
-    tx_pool: Mempool,
+    /// For reception and transmission, of each queue.
+    pools: Vec<(Mempool, Mempool)>,
 }
 
 /// Configures a port, gives it queues and buffers, and starts it. An error
@@ -464,7 +525,7 @@ fn set_up(
     options: &PortOptions,
 ) -> Result<Setup, (&'static str, Errno)> {
     let failed = |step| move |errno| (step, errno);
-    configure(port, raw, caps, traits, mtu).map_err(failed("configuring it"))?;
+    configure(port, raw, caps, traits, mtu, options.queues).map_err(failed("configuring it"))?;
     let (mut rx_descriptors, mut tx_descriptors) = (options.rx_descriptors, options.tx_descriptors);
     // SAFETY: a configured port; both are ours and written.
     let status = unsafe {
@@ -483,20 +544,24 @@ fn set_up(
     let room = max_frame + FRAME_SLACK + traits.headroom;
     let room = room.max(raw.min_rx_bufsize).max(traits.room);
     let pool = |count| Mempool::new(count, room, numa_node);
-    let rx_pool = pool(rx_count).map_err(failed("making its receive buffers"))?;
-    let tx_pool = pool(tx_count).map_err(failed("making its transmit buffers"))?;
-
     let node = numa_node as u32;
-    // SAFETY: configured; the pool outlives the port; null means defaults.
-    let status = unsafe {
-        let defaults = std::ptr::null();
-        sys::rte_eth_rx_queue_setup(port, 0, rx_descriptors, node, defaults, rx_pool.as_ptr())
-    };
-    Errno::check(status).map_err(failed("setting its receive queue up"))?;
-    // SAFETY: as above.
-    let status =
-        unsafe { sys::rte_eth_tx_queue_setup(port, 0, tx_descriptors, node, std::ptr::null()) };
-    Errno::check(status).map_err(failed("setting its transmit queue up"))?;
+    let mut pools = Vec::with_capacity(usize::from(options.queues));
+    for queue in 0..options.queues {
+        let rx_pool = pool(rx_count).map_err(failed("making its receive buffers"))?;
+        let tx_pool = pool(tx_count).map_err(failed("making its transmit buffers"))?;
+        // SAFETY: configured; the pool outlives the port; null means defaults.
+        let status = unsafe {
+            let (defaults, pool) = (std::ptr::null(), rx_pool.as_ptr());
+            sys::rte_eth_rx_queue_setup(port, queue, rx_descriptors, node, defaults, pool)
+        };
+        Errno::check(status).map_err(failed("setting its receive queue up"))?;
+        // SAFETY: as above.
+        let status = unsafe {
+            sys::rte_eth_tx_queue_setup(port, queue, tx_descriptors, node, std::ptr::null())
+        };
+        Errno::check(status).map_err(failed("setting its transmit queue up"))?;
+        pools.push((rx_pool, tx_pool));
+    }
     // SAFETY: configured, and its queues are set up.
     let status = unsafe { sys::rte_eth_dev_start(port) };
     Errno::check(status).map_err(failed("starting it"))?;
@@ -505,8 +570,7 @@ fn set_up(
         tx_descriptors,
         numa_node,
         max_frame,
-        rx_pool,
-        tx_pool,
+        pools,
     })
 }
 
@@ -516,6 +580,7 @@ fn configure(
     caps: u64,
     traits: Traits,
     mtu: u16,
+    queues: u16,
 ) -> Result<(), Errno> {
     // SAFETY: returns constants.
     let bits = unsafe { sys::genie_offloads() };
@@ -533,7 +598,7 @@ fn configure(
         config.intr_conf.set_rxq(1);
     }
     // SAFETY: an attached port that is not started; `config` is read.
-    Errno::check(unsafe { sys::rte_eth_dev_configure(port, 1, 1, &config) })?;
+    Errno::check(unsafe { sys::rte_eth_dev_configure(port, queues, queues, &config) })?;
     Ok(())
 }
 
@@ -545,6 +610,17 @@ fn wants_link_interrupt(info: &sys::rte_eth_dev_info) -> bool {
     // SAFETY: null, or flags that live as long as the device.
     let flags = unsafe { info.dev_flags.as_ref() };
     flags.is_some_and(|flags| flags & sys::GENIE_DEV_INTR_LSC != 0)
+}
+
+/// Has datagrams delivered to the queues that own their ports. Most virtual
+/// devices cannot; a rule or two that one took before it refused stay true.
+fn sort(port: u16, options: &PortOptions) -> Result<(), Errno> {
+    for queue in 0..options.queues {
+        let udp_port = options.first_udp_port.wrapping_add(queue);
+        // SAFETY: a started port, one of its queues.
+        Errno::check(unsafe { sys::genie_flow_udp_port(port, queue, udp_port) })?;
+    }
+    Ok(())
 }
 
 fn mac(port: u16) -> Result<[u8; 6], Errno> {

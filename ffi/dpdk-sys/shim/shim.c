@@ -169,6 +169,36 @@ uint16_t genie_attachment_refs(const struct genie_attachment *attachment)
 	return rte_mbuf_ext_refcnt_read(&attachment->shinfo);
 }
 
+int genie_flow_udp_port(uint16_t port, uint16_t queue, uint16_t udp_port)
+{
+	static const enum rte_flow_item_type ips[] = {
+		RTE_FLOW_ITEM_TYPE_IPV4,
+		RTE_FLOW_ITEM_TYPE_IPV6,
+	};
+	const struct rte_flow_attr attr = {.ingress = 1};
+	const struct rte_flow_item_udp spec = {.hdr.dst_port = rte_cpu_to_be_16(udp_port)};
+	const struct rte_flow_item_udp mask = {.hdr.dst_port = RTE_BE16(0xffff)};
+	const struct rte_flow_action_queue to = {.index = queue};
+	const struct rte_flow_action actions[] = {
+		{.type = RTE_FLOW_ACTION_TYPE_QUEUE, .conf = &to},
+		{.type = RTE_FLOW_ACTION_TYPE_END},
+	};
+
+	for (unsigned int i = 0; i < RTE_DIM(ips); i++) {
+		const struct rte_flow_item pattern[] = {
+			{.type = RTE_FLOW_ITEM_TYPE_ETH},
+			{.type = ips[i]},
+			{.type = RTE_FLOW_ITEM_TYPE_UDP, .spec = &spec, .mask = &mask},
+			{.type = RTE_FLOW_ITEM_TYPE_END},
+		};
+		struct rte_flow_error error = {0};
+
+		if (rte_flow_create(port, &attr, pattern, actions, &error) == NULL)
+			return rte_errno > 0 ? -rte_errno : -ENOTSUP;
+	}
+	return 0;
+}
+
 int genie_errno(void)
 {
 	return rte_errno;

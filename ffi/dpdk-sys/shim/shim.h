@@ -15,6 +15,7 @@
 #include <rte_eal.h>
 #include <rte_errno.h>
 #include <rte_ethdev.h>
+#include <rte_flow.h>
 #include <rte_lcore.h>
 #include <rte_mbuf.h>
 #include <rte_memory.h>
@@ -99,6 +100,10 @@ uint16_t genie_tx_send(uint16_t port, uint16_t queue, struct rte_mbuf **mbufs, u
  * dropped; counts references. */
 void genie_attachment_init(struct genie_attachment *attachment, const uint8_t *base, uint64_t len);
 uint16_t genie_attachment_refs(const struct genie_attachment *attachment);
+
+/* Asks a started port to deliver datagrams to this UDP port, over IPv4 and IPv6,
+ * to one of its queues, until it is closed. 0, or a negative errno. */
+int genie_flow_udp_port(uint16_t port, uint16_t queue, uint16_t udp_port);
 
 /* Per-thread values that DPDK has as macros. */
 int genie_errno(void);

@@ -27,6 +27,21 @@ pub struct Options {
     pub file_bytes: u64,
 }
 
+impl Options {
+    /// For one queue of a device: the first has the file, another one beside it
+    /// with its number behind the name.
+    pub fn of_queue(&self, queue: u16) -> Self {
+        let mut file = self.file.clone().into_os_string();
+        if queue > 0 {
+            file.push(format!(".{queue}"));
+        }
+        Self {
+            file: file.into(),
+            ..self.clone()
+        }
+    }
+}
+
 /// Why frames cannot be recorded.
 #[derive(Debug, thiserror::Error)]
 pub enum RecorderError {
@@ -300,6 +315,17 @@ mod tests {
         fn flush(&mut self) -> io::Result<()> {
             Ok(())
         }
+    }
+
+    #[test]
+    fn each_queue_of_a_device_has_a_file() {
+        let options = Options {
+            file: "/x/a.pcap".into(),
+            snap_bytes: 128,
+            file_bytes: 1 << 20,
+        };
+        assert_eq!(options.of_queue(0), options);
+        assert_eq!(options.of_queue(2).file, PathBuf::from("/x/a.pcap.2"));
     }
 
     #[test]

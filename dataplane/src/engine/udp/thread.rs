@@ -49,7 +49,7 @@ where
         for caution in device.cautions() {
             tracing::warn!("{caution}");
         }
-        let bed = match Bed::new(device.rx_event()) {
+        let bed = match Bed::new(device.rx_event(), device.passed_event()) {
             Ok(bed) => bed,
             Err(errno) => {
                 tracing::warn!(%errno, "cannot wait for the device's interrupts: sleeping in short steps");

@@ -98,6 +98,8 @@ fn open(devargs: &str, no_huge: bool) -> Peer {
         rx_descriptors: 1024,
         tx_descriptors: 1024,
         mtu: 9000,
+        queues: 1,
+        first_udp_port: 0,
         reserved: 0,
         spare_mbufs: 1024,
         attachments: 4,
