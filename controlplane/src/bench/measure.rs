@@ -244,19 +244,28 @@ mod tests {
         }
     }
 
-    fn assert_close(what: &str, measured: f64, known: f64) {
+    fn is_close(what: &str, measured: f64, known: f64) -> bool {
         let off = (measured - known).abs() / known;
-        assert!(off < 0.05, "{what}: reported {measured}, is {known}");
+        println!("{what}: reported {measured}, is {known}");
+        off < 0.05
+    }
+
+    /// Asserts that a measurement is right. A machine that was held up makes one
+    /// wrong; one that is always wrong is the harness's.
+    fn assert_right(mut is_right: impl FnMut() -> bool) {
+        assert!((0..4).any(|_| is_right()), "it was wrong four times");
     }
 
     #[test]
     fn a_known_delay_is_reported() {
-        let mut carrier = Known::new(Duration::from_millis(60), Duration::ZERO);
-        let sample = run(&mut carrier, &work(1, 1300)).unwrap();
-        assert_close("p50 in µs", sample.quantile_us(0.5), 60_000.0);
-        assert_close("mean in µs", sample.latency.mean() / 1e3, 60_000.0);
-        // One block of 1 MB every 60 ms.
-        assert_close("GB/s", sample.gb_per_s(1_000_000), 1e-3 / 60e-3);
+        assert_right(|| {
+            let mut carrier = Known::new(Duration::from_millis(60), Duration::ZERO);
+            let sample = run(&mut carrier, &work(1, 1300)).unwrap();
+            // One block of 1 MB every 60 ms.
+            is_close("p50 in µs", sample.quantile_us(0.5), 60_000.0)
+                && is_close("mean in µs", sample.latency.mean() / 1e3, 60_000.0)
+                && is_close("GB/s", sample.gb_per_s(1_000_000), 1e-3 / 60e-3)
+        });
     }
 
     #[test]
@@ -264,12 +273,16 @@ mod tests {
         // 1 MB every 16 ms, 48 ms away: four in flight keep it busy, eight
         // queue. Long against what a busy machine oversleeps.
         let known = || Known::new(Duration::from_millis(48), Duration::from_millis(16));
-        let sample = run(&mut known(), &work(8, 2500)).unwrap();
-        assert_close("GB/s", sample.gb_per_s(1_000_000), 1e-3 / 16e-3);
-        assert_close("p50 in µs", sample.quantile_us(0.5), 128_000.0);
+        assert_right(|| {
+            let sample = run(&mut known(), &work(8, 2500)).unwrap();
+            is_close("GB/s", sample.gb_per_s(1_000_000), 1e-3 / 16e-3)
+                && is_close("p50 in µs", sample.quantile_us(0.5), 128_000.0)
+        });
         // One in flight never fills it.
-        let sample = run(&mut known(), &work(1, 1300)).unwrap();
-        assert_close("GB/s", sample.gb_per_s(1_000_000), 1e-3 / 64e-3);
+        assert_right(|| {
+            let sample = run(&mut known(), &work(1, 1300)).unwrap();
+            is_close("GB/s", sample.gb_per_s(1_000_000), 1e-3 / 64e-3)
+        });
     }
 
     #[test]

@@ -76,8 +76,9 @@ fn move_all(a: &[Node], b: &[Node], lens: &[usize]) {
     });
 }
 
+/// All zero until the engine has published something.
 fn steering(status: &Status) -> Steering {
-    status.snapshot().steering.expect("one of several queues")
+    status.snapshot().steering.unwrap_or_default()
 }
 
 #[test]
@@ -97,8 +98,9 @@ fn tensors_arrive_where_every_frame_comes_to_the_first_queue() {
     for other in others {
         assert_eq!(steering(&other.status).forwarded, 0);
     }
-    let copied = a[0].status.snapshot().copies.genie;
-    assert!(copied > 6_000_000, "what is passed on is copied: {copied}");
+    eventually("what is passed on is counted as copied", || {
+        a[0].status.snapshot().copies.genie > 6_000_000
+    });
 }
 
 #[test]
