@@ -312,10 +312,11 @@ impl Connection {
     /// of it with the next ACK. Zero stops it; a share at least twice as large is
     /// told at once.
     pub fn set_receive_credit(&mut self, packets: u32) {
-        if packets > 0 && packets / 2 >= self.config.receive_credit {
-            self.received.hasten();
+        let before = std::mem::replace(&mut self.config.receive_credit, packets);
+        if packets != before {
+            self.received
+                .credit_changed(packets > 0 && packets / 2 >= before);
         }
-        self.config.receive_credit = packets;
     }
 
     /// How many packets the peer may have in flight toward us.

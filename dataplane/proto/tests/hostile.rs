@@ -4,7 +4,9 @@ use std::collections::HashMap;
 use std::fs;
 use std::path::Path;
 
-use genie_proto::wire::{Body, HEADER_LEN, Header, Kind, Metadata, Offer, Probe, crc};
+use genie_proto::wire::{
+    Ack, AckRange, Body, FLAG_VOID, HEADER_LEN, Header, Kind, Metadata, Offer, Probe, crc,
+};
 use genie_proto::{
     CloseReason, Config, Connection, Digest, DropCause, Event, SessionId, Time, TransferId, fuzzing,
 };
@@ -336,4 +338,85 @@ fn offers_that_were_not_granted_or_are_not_what_they_say_are_dropped() {
         "{closed:?}"
     );
     assert!(two.is_closed() && !two.release(9));
+}
+
+/// A peer that uses its slots up with offers it gave up, and lets every GRANT be
+/// lost by acknowledging what came after it.
+#[test]
+fn grants_that_are_lost_do_not_pile_up() {
+    let config = Config {
+        offers: 4,
+        offer_len_max: 100,
+        ..Config::default()
+    };
+    let mut one = Connection::new(config, SessionId(1), SessionId(2), Time(0));
+    let mut number = 0;
+    let mut send = |one: &mut Connection, at, kind, transfer, flags, payload: &[u8]| {
+        let header = Header {
+            kind,
+            flags,
+            payload_len: payload.len() as u16,
+            session: SessionId(1),
+            transfer,
+            timestamp: 0,
+            path: 0,
+            packet_number: number,
+            offset: 0,
+        };
+        number += 1;
+        let mut packet = header.encode(crc(payload)).to_vec();
+        packet.extend_from_slice(payload);
+        one.handle_datagram(at, &packet, packet.len(), |_| 0);
+    };
+    let void = Offer {
+        digest: Digest(0),
+        granted: 0,
+        acked: 0,
+        metadata: Metadata::new(),
+    };
+    let mut most = 0;
+    for round in 0..2000 {
+        let now = Time(1_000_000 * (round + 1));
+        for transfer in (4 * round..4 * round + 4).map(TransferId::of_offer) {
+            send(
+                &mut one,
+                now,
+                Kind::Offer,
+                transfer,
+                FLAG_VOID,
+                &void.encode(),
+            );
+        }
+        one.handle_timeout(now);
+        let (mut grants, mut bare) = (0, None);
+        while let Some(transmit) = one.poll_transmit(now, |_| 0) {
+            let (header, _) = Header::parse(&transmit.head, transmit.head.len()).unwrap();
+            grants += u32::from(header.kind == Kind::Grant);
+            if header.kind == Kind::Ack {
+                bare = Some(header.packet_number);
+            }
+        }
+        most = most.max(grants);
+        if let Some(bare) = bare {
+            let one_packet = AckRange {
+                first: bare,
+                last: bare,
+            };
+            let ack = Body::Ack(Ack {
+                delay_us: 0,
+                echo: 0,
+                credit: 512,
+                ecn_ce: 0,
+                ranges: [one_packet].into_iter().collect(),
+            });
+            let nobody = TransferId {
+                slot: 0,
+                generation: 0,
+            };
+            send(&mut one, now, Kind::Ack, nobody, 0, &ack.encode());
+        }
+    }
+    // One that is new, and two that a probe timeout sends again.
+    assert!(most <= 3, "{most} in a round");
+    assert!(!one.is_closed());
 }

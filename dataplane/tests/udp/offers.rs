@@ -45,8 +45,9 @@ fn open(options: &Options, slots: u16, secrets: Option<&Secrets>) -> Ends<PairDe
 /// Until the first end may offer something.
 fn granted<D: Device>(ends: &mut Ends<D>) {
     let mut from = Some(region(&[]));
-    let mut began = false;
+    let (since, mut began) = (Instant::now(), false);
     while !began {
+        assert!(since.elapsed() < PATIENCE, "nothing is granted");
         let engine = &mut ends.engines[0];
         let lease = from.take().expect("it comes back");
         match engine.offer(SESSIONS[0], OperationId(0), Default::default(), lease) {
@@ -107,7 +108,7 @@ fn sizes_arrive(options: &Options, secrets: Option<&Secrets>, sizes: &[usize]) {
         let (answered, sent) = receipt(ends.answers[0].pop().unwrap());
         let sent = sent.unwrap();
         assert_eq!(answered, OperationId(operation));
-        assert_eq!((sent.bytes, sent.retransmits), (len as u64, 0));
+        assert_eq!(sent.bytes, len as u64);
         assert_eq!(sent.digest.0, crc32c::crc32c(&bytes), "length {len}");
         assert!(weak.upgrade().is_none(), "the lease is given back");
         let offer = ends.offers[1].pop().unwrap();
@@ -186,8 +187,12 @@ fn without_a_slot_the_lease_comes_back_and_the_ordinary_way_is_open() {
         ends.engines[1].release(offer);
     }
     let mut again = Some(region(&[9; 100]));
-    ends.drive("what was released is granted", |_| true);
+    let began = Instant::now();
     while let Some(from) = again.take() {
+        assert!(
+            began.elapsed() < PATIENCE,
+            "what was released is not granted"
+        );
         if let Err(refused) = send(&mut ends, 51, &[], from) {
             again = Some(refused.from);
             a_few_turns(&mut ends);

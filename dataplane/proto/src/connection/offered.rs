@@ -117,6 +117,11 @@ impl Offered {
         due
     }
 
+    /// A GRANT was lost: whether one must be queued, as none is.
+    pub(super) fn requeue(&mut self) -> bool {
+        !std::mem::replace(&mut self.queued, true)
+    }
+
     /// What a packet that goes out now tells the peer: its limit, and the
     /// longest tensor.
     pub(super) fn tell(&mut self, own_packet: bool) -> (u64, u32) {

@@ -197,7 +197,7 @@ impl Connection {
             self.offering.record(number, digest);
         }
         if acked > 0 {
-            self.received.acknowledged();
+            self.received.taken_along();
         }
         let payload = (!void && segment.len > 0).then_some(segment);
         let bytes = prefix.encode();

@@ -7,6 +7,10 @@ use arrayvec::ArrayVec;
 use crate::time::Time;
 use crate::wire::{ACK_RANGES_MAX, Ack, AckRange};
 
+/// Acknowledgements that other packets take along before an ACK, from which alone
+/// the sender learns the round trip.
+const ALONG_MAX: u32 = 64;
+
 /// The packet numbers that arrived on a path, and the acknowledgement they are due.
 #[derive(Debug)]
 pub(super) struct Received {
@@ -20,6 +24,10 @@ pub(super) struct Received {
     /// The lowest number among them.
     lowest_unacked: u64,
     at_once: bool,
+    /// The peer's credit changed: the next acknowledgement is an ACK, which tells.
+    credit_news: bool,
+    /// How often another packet took the acknowledgement along since the last ACK.
+    along: u32,
     /// When the first of them will have waited long enough.
     deadline: Option<Time>,
     every: u32,
@@ -35,6 +43,8 @@ impl Received {
             unacked: 0,
             lowest_unacked: u64::MAX,
             at_once: false,
+            credit_news: false,
+            along: 0,
             deadline: None,
             every,
             delay_max,
@@ -113,9 +123,11 @@ impl Received {
         }
     }
 
-    /// Makes an acknowledgement due at once, if there is anything to acknowledge.
-    pub(super) fn hasten(&mut self) {
-        self.at_once = !self.ranges.is_empty();
+    /// Takes in that the next ACK has another credit to tell; `at_once` makes it
+    /// due now, if there is anything to acknowledge.
+    pub(super) fn credit_changed(&mut self, at_once: bool) {
+        self.credit_news = true;
+        self.at_once |= at_once && !self.ranges.is_empty();
     }
 
     /// When an acknowledgement is due; at once is [`Time::default`].
@@ -139,8 +151,11 @@ impl Received {
     }
 
     /// The highest number that arrived and how many did from there downward, if
-    /// that acknowledges all that waits for it.
+    /// that acknowledges all that waits for it and no ACK is owed for its own sake.
     pub(super) fn run(&self) -> Option<(u64, u16)> {
+        if self.credit_news || self.along >= ALONG_MAX {
+            return None;
+        }
         let top = self.ranges.first()?;
         if self.unacked == 0 || self.lowest_unacked < top.first {
             return None;
@@ -150,7 +165,12 @@ impl Received {
     }
 
     /// Another packet took [`Received::run`] along: no acknowledgement is due.
-    pub(super) fn acknowledged(&mut self) {
+    pub(super) fn taken_along(&mut self) {
+        self.along += 1;
+        self.acknowledged();
+    }
+
+    fn acknowledged(&mut self) {
         self.unacked = 0;
         self.lowest_unacked = u64::MAX;
         self.at_once = false;
@@ -160,6 +180,7 @@ impl Received {
     /// The acknowledgement, which is then no longer due.
     pub(super) fn take_ack(&mut self, now: Time, credit: u32) -> Ack {
         self.acknowledged();
+        (self.credit_news, self.along) = (false, 0);
         let delay_us = now.since(self.largest_at).as_micros();
         Ack {
             delay_us: u32::try_from(delay_us).unwrap_or(u32::MAX),

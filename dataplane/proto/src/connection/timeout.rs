@@ -133,6 +133,12 @@ impl Connection {
                 self.queue_probe();
                 false
             }
+            Content::Control(Control::Grant) => {
+                if self.offered.requeue() {
+                    self.controls.push_back(Control::Grant);
+                }
+                false
+            }
             Content::Control(control) => {
                 self.controls.push_back(control);
                 false

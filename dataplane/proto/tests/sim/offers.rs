@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use genie_proto::wire::Metadata;
+use genie_proto::wire::{Body, HEADER_LEN, Header, Kind, Metadata};
 use genie_proto::{Config, Connection, Event, FailReason, OfferError, Segment, SessionId, Time};
 use genie_proto::{Digest, DropCause, TransferId};
 use proptest::prelude::*;
@@ -285,4 +285,57 @@ fn a_source_that_changes_before_it_is_sent_again_fails_and_blocks_nothing() {
         offers.connections[1].stats().drops(DropCause::NotGranted),
         0
     );
+}
+
+/// Acknowledgements travel with offers, which have no room for credit and no
+/// time of their own: an ACK goes out for those.
+#[test]
+fn credit_and_round_trips_are_told_while_both_ends_offer_all_the_time() {
+    let ids = [SessionId(1), SessionId(2)];
+    let config = Config {
+        receive_credit: 16,
+        ..config(64)
+    };
+    let end = |own: usize| Connection::new(config.clone(), ids[own], ids[1 - own], Time(0));
+    let mut ends = [end(0), end(1)];
+    ends.iter_mut().for_each(|end| end.probe(Time(0)));
+    let (mut told, mut rounds) = (false, 0);
+    while !(told && rounds > 400) {
+        rounds += 1;
+        assert!(rounds < 2000, "nothing is told");
+        let now = Time(rounds * 20_000);
+        if rounds == 300 {
+            ends[0].set_receive_credit(20);
+        }
+        let mut acks = [0, 0];
+        for from in [0, 1] {
+            if rounds > 50 {
+                let _ = ends[from].offer(0, Metadata::new());
+            }
+            while let Some(transmit) = ends[from].poll_transmit(now, |_| 0) {
+                let (header, _) = Header::parse(&transmit.head, transmit.head.len()).unwrap();
+                if let (Kind::Ack, Ok(Body::Ack(ack))) = (
+                    header.kind,
+                    Body::parse(header.kind, &transmit.head[HEADER_LEN..]),
+                ) {
+                    acks[from] += 1;
+                    told |= ack.credit == 20;
+                }
+                let to = &mut ends[1 - from];
+                to.handle_datagram(now, &transmit.head, transmit.head.len(), |_| 0);
+            }
+            ends[from].handle_timeout(now);
+            while let Some(event) = ends[1 - from].poll_event() {
+                if let Event::Offered { slot, .. } = event {
+                    assert!(ends[1 - from].release(slot));
+                }
+            }
+        }
+    }
+    let [one, other] = ends.map(|end| end.stats());
+    assert!(one.offers_received > 300 && other.offers_received > 300);
+    // Few: one for 64 offers that take it along, and what credit takes.
+    for end in [one, other] {
+        assert!((5..200).contains(&end.acks_sent), "{}", end.acks_sent);
+    }
 }
