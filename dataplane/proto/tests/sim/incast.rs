@@ -2,6 +2,7 @@
 
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, VecDeque};
+use std::net::IpAddr;
 use std::time::Duration;
 
 use genie_proto::congestion::Algorithm;
@@ -108,8 +109,9 @@ impl Incast {
         }
         let flows = &mut self.flows;
         self.credit.balance(self.now, |visit| {
-            for flow in flows.iter_mut() {
-                visit(flow.begun && !flow.received, &mut flow.receiver);
+            for (index, flow) in flows.iter_mut().enumerate() {
+                let peer = IpAddr::from((index as u32).to_be_bytes());
+                visit(peer, flow.begun && !flow.received, &mut flow.receiver);
             }
         });
         while let Some(Reverse((at, ..))) = self.to_ring.peek()

@@ -13,6 +13,7 @@ use std::collections::{HashMap, VecDeque};
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
+use genie_proto::credit::Visit;
 use genie_proto::seal::{Opener, Sealer, TAG_LEN};
 use genie_proto::wire::{Kind, Metadata};
 use genie_proto::{
@@ -294,12 +295,12 @@ impl Session {
 
     /// Shows the connection, and whether its peer needs more of the receive ring
     /// than a beginner: it sends, or it answers to what we send.
-    pub(super) fn show_credit(&mut self, now: Time, visit: &mut dyn FnMut(bool, &mut Connection)) {
+    pub(super) fn show_credit(&mut self, now: Time, visit: &mut Visit) {
         if !self.incoming.is_empty() || !self.outgoing.is_empty() || !self.offering.is_empty() {
             self.busy = Some(now);
         }
         let busy = self.busy.is_some_and(|at| now.since(at) < SHARE_KEPT);
-        visit(busy, &mut self.connection);
+        visit(self.peer.ip(), busy, &mut self.connection);
     }
 
     pub(super) fn is_from(&self, address: SocketAddr) -> bool {
