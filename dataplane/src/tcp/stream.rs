@@ -64,9 +64,11 @@ pub(crate) struct Greeting {
 #[derive(Clone, Copy, Debug)]
 struct Ping {
     asked_at: Instant,
-    /// Where in our stream it ends. Until the peer's kernel has it, progress
+    /// Where in our stream of frames it ends, and in the socket's, once it is
+    /// written. Until the peer's kernel has it, progress
     /// of the stream counts as life: the PING may be queued behind a tensor.
     ends_at: u64,
+    sent: Option<u64>,
 }
 
 impl Stream {
@@ -126,6 +128,7 @@ impl Stream {
         self.ping = Some(Ping {
             asked_at: now,
             ends_at: self.writer.written_with_queue(),
+            sent: None,
         });
     }
 
@@ -147,12 +150,17 @@ impl Stream {
     /// not given one within `liveness`. Called at least eight times within that.
     pub(crate) fn check_alive(&mut self, now: Instant, liveness: Duration, clock: u64) -> bool {
         let written = self.writer.written();
-        let acknowledged = written
+        let sent = self.wire.sealed_sent().unwrap_or(written);
+        let acknowledged = sent
             .saturating_sub(socket::unacknowledged(self.wire.socket()))
             .max(self.acknowledged);
-        let ping_arrived = self
-            .ping
-            .is_some_and(|ping| self.acknowledged >= ping.ends_at);
+        let ping_arrived = self.ping.as_mut().is_some_and(|ping| {
+            // Of records it is only known where they end that are written.
+            if ping.sent.is_none() && written >= ping.ends_at {
+                ping.sent = Some(self.wire.sealed_sent().unwrap_or(ping.ends_at));
+            }
+            ping.sent.is_some_and(|end| self.acknowledged >= end)
+        });
         if acknowledged > self.acknowledged && !ping_arrived {
             self.alive_at = now;
         }

@@ -44,6 +44,8 @@ struct Outgoing {
     /// How many bytes of frames it has; zero while there is none.
     frames: usize,
     written: usize,
+    /// Bytes of all records that the socket took.
+    sent: u64,
 }
 
 /// The record that is being read, and the length of the next.
@@ -57,6 +59,8 @@ struct Incoming {
     end: usize,
     /// What of it was not given out yet.
     opened: Range<usize>,
+    /// Whether anything came since somebody asked.
+    is_fresh: bool,
 }
 
 impl Wire {
@@ -69,6 +73,7 @@ impl Wire {
                     record: vec![0; LEN + RECORD_MAX + TAG_LEN],
                     frames: 0,
                     written: 0,
+                    sent: 0,
                 },
                 incoming: Incoming {
                     keys: Records::new(&secrets.receive, index),
@@ -76,6 +81,7 @@ impl Wire {
                     read: 0,
                     end: 0,
                     opened: 0..0,
+                    is_fresh: false,
                 },
             })
         });
@@ -96,6 +102,21 @@ impl Wire {
     pub(crate) fn has_opened(&self) -> bool {
         let sealing = self.sealing.as_ref();
         sealing.is_some_and(|sealing| !sealing.incoming.opened.is_empty())
+    }
+
+    /// Bytes of records that the socket took, parts of one that is not whole
+    /// among them: over a slow link one takes long. `None` where bytes of frames
+    /// are those of the socket.
+    pub(crate) fn sealed_sent(&self) -> Option<u64> {
+        let sealing = self.sealing.as_ref()?;
+        Some(sealing.outgoing.sent)
+    }
+
+    /// Whether bytes of a record came since this was asked last. They are life,
+    /// but not yet proof of whose.
+    pub(crate) fn take_fresh(&mut self) -> bool {
+        let sealing = self.sealing.as_mut();
+        sealing.is_some_and(|sealing| std::mem::take(&mut sealing.incoming.is_fresh))
     }
 
     /// Sends as much as the socket takes.
@@ -122,7 +143,9 @@ impl Outgoing {
         }
         let end = LEN + self.frames + TAG_LEN;
         while self.written < end {
-            self.written += socket.write(&self.record[self.written..end])?;
+            let taken = socket.write(&self.record[self.written..end])?;
+            self.written += taken;
+            self.sent += taken as u64;
         }
         Ok(std::mem::take(&mut self.frames))
     }
@@ -166,7 +189,10 @@ impl Incoming {
             }
             match socket.read(&mut self.bytes[self.read..wanted])? {
                 0 => return Ok(false),
-                received => self.read += received,
+                received => {
+                    self.read += received;
+                    self.is_fresh = true;
+                }
             }
         }
     }
@@ -243,6 +269,43 @@ mod tests {
     fn would_block<T>(result: &io::Result<T>) -> bool {
         let error = result.as_ref().err();
         error.is_some_and(|error| error.kind() == io::ErrorKind::WouldBlock)
+    }
+
+    /// Over a slow link a record takes longer than the liveness limit.
+    #[test]
+    fn parts_of_a_record_are_counted_at_both_ends() {
+        let (a, mut link) = sockets();
+        let (mut far, b) = sockets();
+        let mut a = Wire::new(a, Some(&secrets()), 3);
+        let mut b = Wire::new(b, Some(&secrets().of_the_other_end()), 3);
+        let frames = vec![7; 50_000];
+        let record = LEN + frames.len() + TAG_LEN;
+
+        let mut whole = 0;
+        while send(&mut a, &frames).is_ok() {
+            whole += 1;
+        }
+        let sent = a.sealed_sent().unwrap() as usize;
+        let records = whole * record..=(whole + 1) * record;
+        assert!(
+            !sent.is_multiple_of(record) && records.contains(&sent),
+            "{sent}"
+        );
+        let mut records = vec![0; sent];
+        link.set_nonblocking(false).unwrap();
+        link.read_exact(&mut records).unwrap();
+
+        assert!(!b.take_fresh(), "nothing came yet");
+        far.write_all(&records[..10]).unwrap();
+        assert!(would_block(&receive(&mut b, 10)));
+        assert!(b.take_fresh());
+        assert!(!b.take_fresh(), "nothing came since");
+        far.write_all(&records[10..record]).unwrap();
+        let mut got = vec![];
+        while got.len() < frames.len() {
+            got.extend(receive(&mut b, 60_000).unwrap());
+        }
+        assert!(got == frames);
     }
 
     /// More than the sockets hold, written and read in pieces of any size.

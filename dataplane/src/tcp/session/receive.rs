@@ -92,7 +92,12 @@ impl Session {
                 lost_connection(&error)
             })?;
             match outcome {
-                Outcome::Blocked => break,
+                Outcome::Blocked => {
+                    if stream.wire.take_fresh() {
+                        stream.heard(context.now);
+                    }
+                    break;
+                }
                 Outcome::EndOfStream => {
                     let reason = "the peer closed the connection".to_owned();
                     return Err(FailReason::PathLost(reason).into());
