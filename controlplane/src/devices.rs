@@ -154,7 +154,14 @@ impl Devices {
                 name: properties.ok().map(|properties| properties.name.clone()),
                 driver: properties.ok().map(|properties| properties.driver.clone()),
                 memory_bytes: properties.map_or(0, |properties| properties.memory_bytes),
-                reason: stage.as_ref().err().cloned(),
+                reason: match stage {
+                    Ok(stage) => stage.broken().map(|error| {
+                        format!(
+                            "{error}: nothing can be done with it until the agent is started again"
+                        )
+                    }),
+                    Err(reason) => Some(reason.clone()),
+                },
                 gpudirect: usable.map(|stage| device.why_staged(stage)),
             }
         };

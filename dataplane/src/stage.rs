@@ -31,7 +31,7 @@ use std::future::Future;
 use std::ops::Range;
 use std::pin::Pin;
 use std::sync::mpsc;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::task::{Context, Poll};
 use std::thread::{JoinHandle, Thread};
 use std::time::Instant;
@@ -41,9 +41,11 @@ use tokio::sync::oneshot;
 
 use crate::endpoint::Endpoint;
 use crate::engine::{FailReason, Full, Receipt};
-use crate::memory::accelerator::{Accelerator, AcceleratorError, DeviceLease, MemoryKind, Way};
+use crate::memory::accelerator::{
+    Accelerator, AcceleratorError, DeviceLease, ForeignEvent, MemoryKind, Way,
+};
 use crate::memory::{Backing, Lease, RegionError};
-use flight::{Flight, Job};
+use flight::{Answer, Flight, Job};
 pub use place::{Moving, Place};
 use slots::{Arena, Slot, Slots};
 
@@ -127,6 +129,7 @@ pub struct Stage {
     thread: Option<JoinHandle<()>>,
     unpark: Thread,
     trace: Trace,
+    broken: Arc<OnceLock<AcceleratorError>>,
 }
 
 /// A staged transfer, or a copy, under way.
@@ -178,7 +181,8 @@ impl Stage {
         let outgoing = Slots::new(&arena, config, 0);
         let incoming = Slots::new(&arena, config, 1);
         let (jobs, queue) = mpsc::channel();
-        let thread = thread::spawn(&accelerator, queue, trace.clone())
+        let broken = Arc::default();
+        let thread = thread::spawn(&accelerator, queue, trace.clone(), Arc::clone(&broken))
             .map_err(|source| StartError::Thread { kind, source })??;
         let unpark = thread.thread().clone();
         Ok(Self {
@@ -191,6 +195,7 @@ impl Stage {
             thread: Some(thread),
             unpark,
             trace,
+            broken,
         })
     }
 
@@ -207,6 +212,19 @@ impl Stage {
     /// Where its slots are.
     pub fn slot_memory(&self) -> &SlotMemory {
         &self.memory
+    }
+
+    /// Why nothing can be done with the device any more; none while something can.
+    pub fn broken(&self) -> Option<&AcceleratorError> {
+        self.broken.get()
+    }
+
+    /// How many slots are free for what is sent, or received.
+    fn free(&self, way: Way) -> usize {
+        match way {
+            Way::ToHost => self.outgoing.available(),
+            Way::ToDevice => self.incoming.available(),
+        }
     }
 
     /// What it did so far, where that is recorded; empties the record.
@@ -277,6 +295,28 @@ impl Stage {
             let endpoint = endpoint.clone();
             Flight::send(slot, host, from, endpoint, session, transfer, answer).resuming(missing)
         })
+    }
+
+    /// Makes copies one way that are asked for from now on wait for an event of
+    /// the program's: those to the host until a tensor to be sent is computed,
+    /// those to the device until the memory is no longer read.
+    ///
+    /// All tensors share the two streams, so it keeps others waiting too. Returns
+    /// when the device knows; what was asked for before may wait as well.
+    pub async fn wait_for(&self, way: Way, event: ForeignEvent) -> Result<(), StageError> {
+        let order = |answer| Job::WaitFor { way, event, answer };
+        self.ask(order).await
+    }
+
+    /// Signals an event of the program's once all copies one way are done that
+    /// were asked for until now: the memory that was sent may be written, or what
+    /// was received is there.
+    ///
+    /// Resolves when the device was told, which is when the last of these copies
+    /// was begun, or failed; an event says nothing of errors.
+    pub async fn signal(&self, way: Way, event: ForeignEvent) -> Result<(), StageError> {
+        let order = |answer| Job::Signal { way, event, answer };
+        self.ask(order).await
     }
 
     /// Copies host memory to the device, through slots. Waits for them.
@@ -353,14 +393,15 @@ impl Stage {
         })
     }
 
-    fn submit<T>(
-        &self,
-        flight: impl FnOnce(oneshot::Sender<Result<T, StageError>>) -> Flight,
-    ) -> Staged<T> {
+    fn submit<T>(&self, flight: impl FnOnce(Answer<T>) -> Flight) -> Staged<T> {
+        self.ask(|answer| Job::Move(flight(answer)))
+    }
+
+    fn ask<T>(&self, job: impl FnOnce(Answer<T>) -> Job) -> Staged<T> {
         let (answer, answered) = oneshot::channel();
         let jobs = self.jobs.as_ref().expect("it is taken in `drop` only");
         // A thread that has ended has dropped its end: the answer says so.
-        let _ = jobs.send(Job(flight(answer)));
+        let _ = jobs.send(job(answer));
         self.unpark.unpark();
         Staged {
             answer: Some(answered),

@@ -1,5 +1,5 @@
 //! Device memory through agents: from the store of one to that of another, on
-//! the simulated accelerator, over TCP and over the local DPDK pair.
+//! the simulated accelerator, over TCP, `shm` and the local DPDK pair.
 
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
@@ -19,13 +19,13 @@ fn text(path: &Path) -> &str {
 
 /// Two agents over TCP, the second known to the first; `env` is the second's.
 fn pair(folder: &Path, env: &[(&str, &str)]) -> (Agent, Agent) {
-    let b = Agent::start_in(folder, "b", &["--transport=tcp", SIM], env);
-    let a = Agent::start_in(
-        folder,
-        "a",
-        &["--transport=tcp", SIM, &b.as_peer()],
-        &[SLOW],
-    );
+    pair_over("tcp", folder, env)
+}
+
+fn pair_over(transports: &str, folder: &Path, env: &[(&str, &str)]) -> (Agent, Agent) {
+    let transports = format!("--transport={transports}");
+    let b = Agent::start_in(folder, "b", &[&transports, SIM], env);
+    let a = Agent::start_in(folder, "a", &[&transports, SIM, &b.as_peer()], &[SLOW]);
     (a, b)
 }
 
@@ -90,6 +90,13 @@ fn tensors_go_from_device_to_device_over_tcp() {
     b.json(&["rm", "model"]);
     b.json(&["rm", "plain"]);
     assert_eq!(b.status()["store"]["used_bytes"], 0);
+}
+
+#[test]
+fn tensors_go_from_device_to_device_over_shm() {
+    let folder = tempfile::tempdir().unwrap();
+    let (a, b) = pair_over("shm,tcp", folder.path(), &[SLOW]);
+    there_and_back(&a, &b, folder.path(), "shm");
 }
 
 /// Held by the test that has a pair: two agents with slots and DPDK's memory take
@@ -239,6 +246,12 @@ fn fails_alone(a: &Agent, b: &Agent, folder: &Path, code: &str, again: bool) {
         );
         b.json(&["rm", "model"]);
     }
+    let reasons = [a, b].map(|agent| agent.status()["accelerators"][0]["reason"].clone());
+    let broken = reasons.iter().any(|reason| {
+        let reason = reason.as_str().unwrap_or_default();
+        reason.contains(code) && reason.contains("until the agent is started again")
+    });
+    assert_eq!(broken, !again, "{reasons:?}");
     // Ranges that were under way end by themselves.
     eventually("what failed is given back", || {
         (used() == before).then_some(())

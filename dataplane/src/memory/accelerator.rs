@@ -109,16 +109,10 @@ pub trait Stream: Send {
     fn completed(&mut self) -> Result<u64, AcceleratorError>;
 
     /// Makes copies begun from now on wait for an event of the application's.
-    ///
-    /// # Safety
-    /// `event` must be a valid event of this device, and stay one.
-    unsafe fn wait_for(&mut self, event: ForeignEvent) -> Result<(), AcceleratorError>;
+    fn wait_for(&mut self, event: ForeignEvent) -> Result<(), AcceleratorError>;
 
     /// Signals an event of the application's once all copies begun so far are done.
-    ///
-    /// # Safety
-    /// `event` must be a valid event of this device, and stay one.
-    unsafe fn signal(&mut self, event: ForeignEvent) -> Result<(), AcceleratorError>;
+    fn signal(&mut self, event: ForeignEvent) -> Result<(), AcceleratorError>;
 }
 
 /// What an accelerator is.
@@ -146,7 +140,18 @@ pub struct DeviceAddress(pub u64);
 
 /// An event of an application's: a `CUevent` in this process, or one of `sim`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct ForeignEvent(pub u64);
+pub struct ForeignEvent(u64);
+
+impl ForeignEvent {
+    /// The event behind a driver's handle, such as a `CUevent`.
+    ///
+    /// # Safety
+    /// It must be a valid event of the device that this is given to, and stay
+    /// one until that device has done what was asked with it.
+    pub unsafe fn from_raw(handle: u64) -> Self {
+        Self(handle)
+    }
+}
 
 /// Device memory as a driver gave it.
 #[derive(Debug, PartialEq, Eq)]

@@ -20,10 +20,27 @@ use super::{Slot, StageError, Step, Trace};
 use crate::endpoint::{Endpoint, Transfer};
 use crate::engine::{FailReason, Full, Partial, Receipt};
 use crate::memory::Lease;
-use crate::memory::accelerator::{AcceleratorError, CopyOp, DeviceLease, Way};
+use crate::memory::accelerator::{AcceleratorError, CopyOp, DeviceLease, ForeignEvent, Way};
+
+/// Where somebody waits for how it ended.
+pub(super) type Answer<T> = oneshot::Sender<Result<T, StageError>>;
 
 /// Something for the thread to do.
-pub(super) struct Job(pub(super) Flight);
+pub(super) enum Job {
+    Move(Flight),
+    /// Copies asked for later wait for the event.
+    WaitFor {
+        way: Way,
+        event: ForeignEvent,
+        answer: Answer<()>,
+    },
+    /// Once the copies asked for earlier are done, the event is signalled.
+    Signal {
+        way: Way,
+        event: ForeignEvent,
+        answer: Answer<()>,
+    },
+}
 
 pub(super) struct Flight {
     /// Given back when the flight ends.
@@ -58,14 +75,14 @@ enum Then {
         session: SessionId,
         /// What the receiver lacks, if another path was interrupted.
         missing: Option<Vec<Range<u64>>>,
-        answer: oneshot::Sender<Result<Receipt, StageError>>,
+        answer: Answer<Receipt>,
     },
     Receive {
         receipt: Option<Receipt>,
-        answer: oneshot::Sender<Result<Receipt, StageError>>,
+        answer: Answer<Receipt>,
     },
     Copy {
-        answer: oneshot::Sender<Result<(), StageError>>,
+        answer: Answer<()>,
     },
 }
 
@@ -85,7 +102,7 @@ impl Flight {
         endpoint: Endpoint,
         session: SessionId,
         transfer: TransferId,
-        answer: oneshot::Sender<Result<Receipt, StageError>>,
+        answer: Answer<Receipt>,
     ) -> Self {
         let then = Then::Send {
             endpoint,
@@ -113,7 +130,7 @@ impl Flight {
         device: DeviceLease,
         id: TransferId,
         transfer: Transfer,
-        answer: oneshot::Sender<Result<Receipt, StageError>>,
+        answer: Answer<Receipt>,
     ) -> Self {
         let then = Then::Receive {
             receipt: None,
@@ -131,7 +148,7 @@ impl Flight {
         host: Lease,
         device: DeviceLease,
         way: Way,
-        answer: oneshot::Sender<Result<(), StageError>>,
+        answer: Answer<()>,
     ) -> Self {
         let then = Then::Copy { answer };
         Self::new(slot, host, device, way, State::ToCopy, then)
@@ -168,6 +185,15 @@ impl Flight {
     pub(super) fn begin_copy(&mut self, batch: u64) {
         self.state = State::Copying(batch);
         self.since = Instant::now();
+    }
+
+    /// Whether its copy is still ahead of it.
+    pub(super) fn will_copy(&self) -> bool {
+        match self.state {
+            State::ToCopy => true,
+            State::Wire(_) => matches!(self.then, Then::Receive { .. }),
+            State::Copying(_) | State::Ready => false,
+        }
     }
 
     /// Whether its copy is to be begun.

@@ -11,7 +11,7 @@ use genie_proto::{SessionId, TransferId};
 use super::{Stage, StageError, Staged};
 use crate::endpoint::{Endpoint, Transfer};
 use crate::engine::{Full, Interrupted, Receipt};
-use crate::memory::accelerator::{DeviceLease, MemoryKind};
+use crate::memory::accelerator::{DeviceLease, MemoryKind, Way};
 use crate::memory::{Lease, OutOfBounds};
 
 /// A hold on bytes of the host's or of a device's.
@@ -61,6 +61,25 @@ impl Place {
         match self {
             Self::Host(lease) => Some(lease),
             Self::Device(..) => None,
+        }
+    }
+
+    /// How many transfers into it would begin now without waiting, were there
+    /// nobody else's.
+    pub fn free_to_receive(&self, endpoint: &Endpoint) -> usize {
+        self.free(endpoint, Way::ToDevice)
+    }
+
+    /// How many transfers from it would begin now without waiting, were there
+    /// nobody else's.
+    pub fn free_to_send(&self, endpoint: &Endpoint) -> usize {
+        self.free(endpoint, Way::ToHost)
+    }
+
+    fn free(&self, endpoint: &Endpoint, way: Way) -> usize {
+        match self {
+            Self::Host(_) => endpoint.free(),
+            Self::Device(stage, _) => endpoint.free().min(stage.free(way)),
         }
     }
 

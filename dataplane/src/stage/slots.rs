@@ -136,6 +136,10 @@ impl Slots {
         }
     }
 
+    pub(super) fn available(&self) -> usize {
+        self.free.available_permits()
+    }
+
     pub(super) async fn acquire(&self) -> Slot {
         let permit = Arc::clone(&self.free).acquire_owned().await;
         self.take(permit.expect("the semaphore is never closed"))

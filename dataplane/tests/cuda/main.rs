@@ -371,12 +371,12 @@ fn a_batch_is_its_copies_and_one_event() {
     );
     // An application's events, around what comes next.
     // SAFETY: the recording driver takes any number.
-    unsafe { stream.wait_for(ForeignEvent(77)) }.unwrap();
+    let [first, second] = [77, 78].map(|event| unsafe { ForeignEvent::from_raw(event) });
+    stream.wait_for(first).unwrap();
     stream
         .copy(vec![op(&part(0), &slice(0), Way::ToHost)])
         .unwrap();
-    // SAFETY: as above.
-    unsafe { stream.signal(ForeignEvent(78)) }.unwrap();
+    stream.signal(second).unwrap();
     assert_eq!(fake.calls(), ["cuStreamWaitEvent", from, record, record]);
     drop(stream);
     let end = [
@@ -423,6 +423,22 @@ fn an_error_in_mid_copy_has_the_drivers_code_and_words_and_is_told_once() {
     assert_eq!(stream.copy(two).unwrap_err().code(), Some(1));
     assert_eq!(fake.calls().last().unwrap(), "cuStreamSynchronize");
     assert_eq!(Arc::strong_count(memory.region()), held);
+}
+
+#[test]
+fn a_batch_under_way_when_the_device_fails_in_a_later_call_is_not_called_done() {
+    let fake = Fake::new("nothing");
+    let accelerator = fake.accelerator();
+    let there = device(&accelerator, 100);
+    let memory = host(&[1; 100]);
+    let mut stream = accelerator.stream().unwrap();
+    let copy = |stream: &mut dyn Stream| stream.copy(vec![op(&memory, &there, Way::ToDevice)]);
+    assert_eq!(copy(&mut *stream).unwrap(), 1);
+    fake.fail("cuMemcpyHtoDAsync", 0, 214);
+    fake.fail("cuStreamSynchronize", 0, 214);
+    assert_eq!(copy(&mut *stream).unwrap_err().code(), Some(214));
+    assert_eq!(stream.completed().unwrap_err().code(), Some(214));
+    assert_eq!(stream.completed(), Ok(1), "told once");
 }
 
 #[test]

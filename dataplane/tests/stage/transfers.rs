@@ -1,6 +1,7 @@
 //! What arrives, and that wire and copies overlap.
 
 use genie_dataplane::device::pair::{Options, pair};
+use genie_dataplane::memory::accelerator::Way;
 use genie_dataplane::stage::{Span, Step};
 use genie_proto::DigestBuilder;
 
@@ -112,6 +113,44 @@ fn a_range_is_one_copy_however_many_packets_it_takes() {
             4,
             "one copy a slot, none a packet"
         );
+        assert!(to.download(&into) == bytes);
+    });
+}
+
+/// A program computes a tensor, sends it, and overwrites it, without ever waiting.
+#[test]
+fn copies_wait_for_what_computes_a_tensor_and_tell_who_writes_it_next() {
+    over_tcp(|from, to| {
+        let bytes = udp::random_bytes(&mut fastrand::Rng::with_seed(7), 3 * SLOTS.slot_bytes);
+        let (source, into) = (from.upload(&bytes), to.device(bytes.len()));
+        let (computed, sent) = (from.sim.event(), from.sim.event());
+        let (read, arrived) = (to.sim.event(), to.sim.event());
+        block_on(from.stage.wait_for(Way::ToHost, computed)).unwrap();
+        block_on(to.stage.wait_for(Way::ToDevice, read)).unwrap();
+        // Nothing is under way: an event for that is signalled at once.
+        let nothing = from.sim.event();
+        block_on(from.stage.signal(Way::ToDevice, nothing)).unwrap();
+        std::thread::scope(|scope| {
+            let moved = scope.spawn(|| move_ranges(from, to, &source, &into));
+            std::thread::sleep(Duration::from_millis(50));
+            assert!(!moved.is_finished() && from.sim.is_set(nothing));
+            // Asked for after the copies, and resolved once they were begun.
+            let told = scope.spawn(|| block_on(from.stage.signal(Way::ToHost, sent)));
+            told.join().unwrap().unwrap();
+            assert!(!from.sim.is_set(sent), "it is not computed yet");
+            from.sim.set(computed);
+            udp::eventually("it may be overwritten", || from.sim.is_set(sent));
+            // At the receiver somebody still reads what was there before.
+            let told = scope.spawn(|| block_on(to.stage.signal(Way::ToDevice, arrived)));
+            std::thread::sleep(Duration::from_millis(50));
+            assert!(!moved.is_finished() && !to.sim.is_set(arrived));
+            to.sim.set(read);
+            for (sent, received) in moved.join().unwrap() {
+                assert_eq!(sent.unwrap().digest, received.unwrap().digest);
+            }
+            told.join().unwrap().unwrap();
+        });
+        udp::eventually("it is there", || to.sim.is_set(arrived));
         assert!(to.download(&into) == bytes);
     });
 }

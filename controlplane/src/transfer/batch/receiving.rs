@@ -223,11 +223,11 @@ impl Receiving<'_> {
         }
         let mut transfers = Vec::new();
         while transfers.len() < GRANTS && self.has_waiting() {
-            if !self.pending.may_add(self.track.path.endpoint.free()) {
+            let path = &self.track.path;
+            let lease = self.leases[self.next].clone();
+            if !self.pending.may_add(lease.free_to_receive(&path.endpoint)) {
                 break;
             }
-            let lease = self.leases[self.next].clone();
-            let path = &self.track.path;
             match lease.try_receive(&path.endpoint, path.session) {
                 Ok(Ok((id, transfer))) => {
                     self.begun(transfer);

@@ -243,7 +243,9 @@ impl Sending<'_> {
                 let grant = &ready[0];
                 let lease = leases[grant.index].clone();
                 lease.send(&path.endpoint, path.session, grant.transfer).await
-            }, if !ready.is_empty() && pending.may_add(path.endpoint.free()) => {
+            }, if ready.front().is_some_and(|grant| {
+                pending.may_add(leases[grant.index].free_to_send(&path.endpoint))
+            }) => {
                 let grant = self.ready.pop_front().expect("it was just begun");
                 match begun {
                     Ok(transfer) => {

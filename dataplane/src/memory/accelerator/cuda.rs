@@ -243,8 +243,8 @@ impl Device {
         }
     }
 
-    /// What is wrong with `len` bytes at `address`, if anything is.
-    fn why_not_mine(&self, address: DeviceAddress, len: usize) -> Option<String> {
+    /// Why memory is not this device's, if it is not.
+    fn whose_instead(&self, address: DeviceAddress) -> Option<String> {
         use sys::CUpointer_attribute_enum as Attribute;
         let ask = |which| self.pointer_attribute::<c_uint>(which, address);
         let device = sys::CUmemorytype_enum::CU_MEMORYTYPE_DEVICE as c_uint;
@@ -257,8 +257,14 @@ impl Device {
             Ok(ordinal) => MemoryKind::Cuda(ordinal),
             Err(code) => return Some(self.library.text(code)),
         };
-        if ordinal != self.kind() {
-            return Some(format!("it is memory of {ordinal}"));
+        (ordinal != self.kind()).then(|| format!("it is memory of {ordinal}"))
+    }
+
+    /// What is wrong with `len` bytes at `address`, if anything is.
+    fn why_not_mine(&self, address: DeviceAddress, len: usize) -> Option<String> {
+        use sys::CUpointer_attribute_enum as Attribute;
+        if let Some(other) = self.whose_instead(address) {
+            return Some(other);
         }
         let ask = |which| self.pointer_attribute::<u64>(which, address);
         let start = ask(Attribute::CU_POINTER_ATTRIBUTE_RANGE_START_ADDR);
@@ -335,7 +341,15 @@ impl Accelerator for Cuda {
         let device = &*self.device;
         let _current = device.enter()?;
         match from {
-            Import::Descriptor { file, len } => device.import(&file, len),
+            Import::Descriptor { file, len } => {
+                let allocation = device.import(&file, len)?;
+                if let Some(what) = device.whose_instead(allocation.address) {
+                    device.release(&allocation);
+                    let kind = device.kind();
+                    return Err(AcceleratorError::Import { kind, what });
+                }
+                Ok(allocation)
+            }
             Import::Ipc { handle, len } => {
                 let address = device.open_ipc(handle)?;
                 let allocation = Allocation {

@@ -277,7 +277,8 @@ impl Accelerator for Sim {
         }
         let there = rustix::fs::fstat(&file).map_or(0, |stat| stat.st_size as usize);
         let whole = len.checked_next_multiple_of(self.properties.granularity);
-        match whole.filter(|whole| (1..=there).contains(whole)) {
+        // All of it: who imports it keeps all of it.
+        match whole.filter(|whole| *whole > 0 && *whole == there) {
             Some(whole) => self.add(Mapping::new(file, whole)?, Source::Imported),
             None => Err(refused(&format!("{len} bytes of {there} were claimed"))),
         }
@@ -391,12 +392,16 @@ impl SimStream {
     /// Queues a batch.
     fn begin(&self, work: Vec<Work>, state: &mut State) -> Result<u64, AcceleratorError> {
         let begin = |queue: &mut Queue| {
+            // An error ends what was begun before it is told, and only that.
+            if let Some(error) = &queue.error {
+                return Err(error.clone());
+            }
             queue.begun += 1;
             queue.work.extend(work);
             queue.work.push_back(Work::Batch(queue.begun));
-            queue.begun
+            Ok(queue.begun)
         };
-        let number = self.queue(begin, state)?;
+        let number = self.queue(begin, state)??;
         self.shared.changed.notify_all();
         Ok(number)
     }
@@ -433,7 +438,7 @@ impl Stream for SimStream {
         )?
     }
 
-    unsafe fn wait_for(&mut self, event: ForeignEvent) -> Result<(), AcceleratorError> {
+    fn wait_for(&mut self, event: ForeignEvent) -> Result<(), AcceleratorError> {
         let mut state = self.shared.lock();
         self.queue(
             |queue| queue.work.push_back(Work::Wait(event.0)),
@@ -441,7 +446,7 @@ impl Stream for SimStream {
         )
     }
 
-    unsafe fn signal(&mut self, event: ForeignEvent) -> Result<(), AcceleratorError> {
+    fn signal(&mut self, event: ForeignEvent) -> Result<(), AcceleratorError> {
         let mut state = self.shared.lock();
         self.queue(
             |queue| queue.work.push_back(Work::Signal(event.0)),

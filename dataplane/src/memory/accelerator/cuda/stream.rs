@@ -22,6 +22,9 @@ pub(super) struct CudaStream {
     idle_events: Vec<sys::CUevent>,
     begun: u64,
     completed: u64,
+    /// Batches were under way when the stream failed in another call, which says
+    /// nothing of them: told by the next [`Stream::completed`].
+    failed: Option<AcceleratorError>,
 }
 
 struct Batch {
@@ -59,6 +62,7 @@ impl CudaStream {
             idle_events: Vec::new(),
             begun: 0,
             completed: 0,
+            failed: None,
         })
     }
 
@@ -122,9 +126,12 @@ impl CudaStream {
     ) -> Result<u64, AcceleratorError> {
         let done = begun.and_then(|()| self.record()).inspect_err(|_| {
             // Those before the one that failed are under way, and so are batches.
+            let others = !self.batches.is_empty();
             let code = self.synchronize();
             let (library, kind) = (&self.device.library, self.device.kind());
             library.log(kind, "cuStreamSynchronize", code);
+            let ended = self.device.check("cuStreamSynchronize", code);
+            self.failed = ended.err().filter(|_| others).or(self.failed.take());
         })?;
         self.begun += 1;
         self.batches.push_back(Batch {
@@ -209,6 +216,9 @@ impl Stream for CudaStream {
     }
 
     fn completed(&mut self) -> Result<u64, AcceleratorError> {
+        if let Some(error) = self.failed.take() {
+            return Err(error);
+        }
         if self.batches.is_empty() {
             return Ok(self.completed);
         }
@@ -232,19 +242,19 @@ impl Stream for CudaStream {
         Ok(self.completed)
     }
 
-    unsafe fn wait_for(&mut self, event: ForeignEvent) -> Result<(), AcceleratorError> {
+    fn wait_for(&mut self, event: ForeignEvent) -> Result<(), AcceleratorError> {
         let _current = self.device.enter()?;
         let event = event.0 as usize as sys::CUevent;
-        // SAFETY: the caller promises the event.
+        // SAFETY: whoever made it a `ForeignEvent` promised that it is one.
         self.device.check("cuStreamWaitEvent", unsafe {
             (self.device.library.required.cuStreamWaitEvent)(self.stream, event, 0)
         })
     }
 
-    unsafe fn signal(&mut self, event: ForeignEvent) -> Result<(), AcceleratorError> {
+    fn signal(&mut self, event: ForeignEvent) -> Result<(), AcceleratorError> {
         let _current = self.device.enter()?;
         let event = event.0 as usize as sys::CUevent;
-        // SAFETY: the caller promises the event.
+        // SAFETY: whoever made it a `ForeignEvent` promised that it is one.
         self.device.check("cuEventRecord", unsafe {
             (self.device.library.required.cuEventRecord)(event, self.stream)
         })

@@ -258,12 +258,10 @@ fn copies_wait_for_an_event_and_signal_another() {
     let (from, to) = (pinned(&sim, &[5; 64]), pinned(&sim, &[0; 64]));
     let (ready, done) = (sim.event(), sim.event());
     let mut stream = accelerator.stream().unwrap();
-    // SAFETY: events of this device, which lives on.
-    unsafe { stream.wait_for(ready) }.unwrap();
+    stream.wait_for(ready).unwrap();
     stream.copy(vec![op(&from, &there, Way::ToDevice)]).unwrap();
     let last = stream.copy(vec![op(&to, &there, Way::ToHost)]).unwrap();
-    // SAFETY: as above.
-    unsafe { stream.signal(done) }.unwrap();
+    stream.signal(done).unwrap();
     std::thread::sleep(Duration::from_millis(20));
     assert_eq!((stream.completed(), sim.is_set(done)), (Ok(0), false));
     sim.set(ready);
