@@ -6,6 +6,7 @@ use genie_client::FailureKind;
 use genie_dataplane::engine::FailReason;
 use tokio::time::Instant;
 
+use crate::frame::FrameError;
 use crate::node::{self, Node};
 use crate::session::SessionError;
 use crate::transfer::TransferError;
@@ -82,8 +83,11 @@ fn pause(attempt: u32, random: u32) -> Duration {
 fn is_passing(error: &TransferError) -> bool {
     match error {
         TransferError::Session(error) => match error {
+            // Another version, or no agent at all, stays so.
+            SessionError::Frame { source, .. } => {
+                matches!(source, FrameError::Io(_) | FrameError::Closed)
+            }
             SessionError::Unreachable { .. }
-            | SessionError::Frame { .. }
             | SessionError::Slow { .. }
             | SessionError::Silent { .. }
             | SessionError::Crowded

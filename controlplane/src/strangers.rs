@@ -34,8 +34,12 @@ pub const GRACE: Duration = Duration::from_millis(500);
 /// Strangers that wait for a place; each costs a descriptor.
 pub const QUEUE_MAX: usize = 128;
 
-/// Of these from one address.
-pub const QUEUE_PER_ADDRESS: usize = 64;
+/// Of these from one address, and from one IPv6 prefix of 64 bits.
+pub const QUEUE_PER_NETWORK: usize = 64;
+
+/// Introductions take milliseconds. Where crowds are as large as each other, each
+/// of one stranger perhaps, a place is safe for so long.
+const GRACE_AMONG_EQUALS: Duration = Duration::from_millis(60);
 
 /// Those who are there. Clones refer to the same ones.
 #[derive(Clone, Debug, Default)]
@@ -101,8 +105,9 @@ impl Strangers {
             return Some(Newcomer::Placed(place));
         }
         let queue = &mut self.lock().queue;
-        let here = queue.iter().filter(|one| **one == from).count();
-        if queue.len() >= QUEUE_MAX || here >= QUEUE_PER_ADDRESS {
+        let near = |one: &&IpAddr| network(**one) == network(from);
+        let here = queue.iter().filter(near).count();
+        if queue.len() >= QUEUE_MAX || here >= QUEUE_PER_NETWORK {
             return None;
         }
         queue.push(from);
@@ -219,16 +224,22 @@ impl Waiting {
         let Some(loser) = loser else {
             return Ok(());
         };
-        let until = self.strangers[loser].since + GRACE;
-        if until > now && !self.is_less_crowded(from, self.strangers[loser].from) {
+        let (since, there) = (self.strangers[loser].since, self.strangers[loser].from);
+        let until = match self.crowds(from, there) {
+            (here, there) if here < there => now,
+            (here, there) if here == there => since + GRACE_AMONG_EQUALS,
+            _ => since + GRACE,
+        };
+        if until > now {
             return Err(until);
         }
         self.strangers.remove(loser);
         Ok(())
     }
 
-    /// Whether one more from here makes a smaller crowd than there is there.
-    fn is_less_crowded(&self, here: IpAddr, there: IpAddr) -> bool {
+    /// How many are from here, with one more, and from there: from one network if
+    /// these are two, else from one address.
+    fn crowds(&self, here: IpAddr, there: IpAddr) -> (usize, usize) {
         let is_one = network(here) == network(there);
         let crowd = |of: IpAddr| {
             let in_crowd = |one: &&Stranger| {
@@ -240,7 +251,7 @@ impl Waiting {
             };
             self.strangers.iter().filter(in_crowd).count()
         };
-        crowd(here) + 1 < crowd(there)
+        (crowd(here) + 1, crowd(there))
     }
 
     /// Where the oldest stranger of the largest group is; of equal groups, of
@@ -370,7 +381,7 @@ mod tests {
         let mut first: Vec<_> = (0..STRANGERS_PER_ADDRESS)
             .map(|_| place(&strangers, host(1)))
             .collect();
-        let mut queue: Vec<_> = (0..QUEUE_PER_ADDRESS)
+        let mut queue: Vec<_> = (0..QUEUE_PER_NETWORK)
             .map(|_| match enter() {
                 Some(Newcomer::Queued(queued)) => queued,
                 other => panic!("{other:?}"),
