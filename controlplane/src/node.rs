@@ -148,7 +148,8 @@ pub struct Parts {
 #[must_use = "dropping it gives the session up"]
 pub(crate) struct Negotiating<'a> {
     node: &'a Node,
-    peer: String,
+    /// None once it has ended.
+    peer: Option<String>,
 }
 
 /// Something under way that a stopping agent waits for.
@@ -265,9 +266,14 @@ impl Node {
         room.acquire().await.ok()
     }
 
-    /// Notes a session that is up.
-    pub(crate) fn adopt(&self, session: &Arc<Session>) {
+    /// Notes a session that is up, in place of what was negotiated.
+    pub(crate) fn adopt(&self, session: &Arc<Session>, begun: Option<Negotiating<'_>>) {
+        // Under the lock: whoever counts a peer's sessions counts this one once.
+        let mut negotiating = self.negotiating();
         self.live().push(Arc::clone(session));
+        if let Some(mut begun) = begun {
+            begun.end(&mut negotiating);
+        }
     }
 
     /// Forgets a session that has ended.
@@ -305,21 +311,26 @@ impl Node {
     }
 
     /// Ends the sessions whose peers would not be admitted any more.
-    pub fn end_unwanted_sessions(&self) {
-        let current = self.identity.current();
-        let sessions: Vec<_> = self.live().iter().cloned().collect();
+    pub(crate) fn end_unwanted_sessions(&self) {
+        let sessions: Vec<_> = self.live().clone();
         for session in sessions {
-            let (name, peer) = (&self.name, &session.peer);
-            if session.direction == Direction::Accepted && !current.access.admits(peer) {
-                session.end(format!("node '{name}' no longer allows '{peer}' (--allow)"));
-            }
-            if let (Some(credentials), Some(chain)) = (&current.credentials, &session.chain)
-                && let Err(reason) = credentials.verify(chain, peer)
-            {
-                session.end(format!(
-                    "node '{name}' no longer believes '{peer}': {reason}"
-                ));
-            }
+            self.end_if_unwanted(&session);
+        }
+    }
+
+    /// Ends a session whose peer would not be admitted any more.
+    pub(crate) fn end_if_unwanted(&self, session: &Session) {
+        let current = self.identity.current();
+        let (name, peer) = (&self.name, &session.peer);
+        if session.direction == Direction::Accepted && !current.access.admits(peer) {
+            session.end(format!("node '{name}' no longer allows '{peer}' (--allow)"));
+        }
+        if let (Some(credentials), Some(chain)) = (&current.credentials, &session.chain)
+            && let Err(reason) = credentials.verify(chain, peer)
+        {
+            session.end(format!(
+                "node '{name}' no longer believes '{peer}': {reason}"
+            ));
         }
     }
 
@@ -330,8 +341,8 @@ impl Node {
         if (self.sessions_of(peer) + begun) as u64 >= most {
             return None;
         }
-        let peer = peer.to_owned();
-        negotiating.push(peer.clone());
+        negotiating.push(peer.to_owned());
+        let peer = Some(peer.to_owned());
         Some(Negotiating { node: self, peer })
     }
 
@@ -457,11 +468,22 @@ impl Node {
     }
 }
 
+impl Negotiating<'_> {
+    fn end(&mut self, negotiating: &mut Vec<String>) {
+        let peer = self.peer.take();
+        let at = |peer| negotiating.iter().position(|one| *one == peer);
+        if let Some(at) = peer.and_then(at) {
+            negotiating.swap_remove(at);
+        }
+    }
+}
+
 impl Drop for Negotiating<'_> {
     fn drop(&mut self) {
-        let mut negotiating = self.node.negotiating();
-        if let Some(at) = negotiating.iter().position(|one| *one == self.peer) {
-            negotiating.swap_remove(at);
+        let node = self.node;
+        // Not again where it has ended: that was under this lock.
+        if self.peer.is_some() {
+            self.end(&mut node.negotiating());
         }
     }
 }

@@ -33,7 +33,7 @@ use crate::identity::credentials::Chain;
 use crate::identity::stream::{Reader, Writer};
 use crate::message::{Instance, Message, Request};
 use crate::negotiation::Refusal;
-use crate::node::Node;
+use crate::node::{Negotiating, Node};
 use crate::quota::peer::Share;
 use crate::rights::Right;
 use crate::tensor::LIST_MAX;
@@ -247,7 +247,13 @@ struct Entry {
 
 impl Session {
     /// Starts serving a connection on which everything was agreed.
-    pub fn start(node: &Arc<Node>, agreed: Agreed, reader: Reader, writer: Writer) -> Arc<Self> {
+    pub(crate) fn start(
+        node: &Arc<Node>,
+        agreed: Agreed,
+        admitted: Option<Negotiating<'_>>,
+        reader: Reader,
+        writer: Writer,
+    ) -> Arc<Self> {
         let Agreed {
             peer,
             instance,
@@ -275,7 +281,7 @@ impl Session {
             next_call: AtomicU64::new(1),
             end: watch::Sender::new(None),
         });
-        node.adopt(&session);
+        node.adopt(&session, admitted);
         let steward = Steward::new(Arc::clone(node), Arc::clone(&session), peer, negotiating);
         tokio::spawn(steward.run());
         tokio::spawn(write_loop(Arc::clone(&session), writer, outgoing, liveness));
@@ -285,6 +291,8 @@ impl Session {
             reader,
             liveness,
         ));
+        // Who may be here can have changed since it was admitted.
+        node.end_if_unwanted(&session);
         session
     }
 

@@ -90,7 +90,7 @@ pub async fn dial(
     }
     let peer = facts(&hello, Some(control), &talk);
     let (path, refused) = talk.open_some_path(&peer).await?;
-    Ok(talk.start(hello, peer, Direction::Dialled, path, refused))
+    Ok(talk.start(hello, peer, None, path, refused))
 }
 
 /// Serves a connection that a peer dialled, until the session is up. The place
@@ -120,9 +120,7 @@ pub async fn accept(
         Ok(path) => path,
         Err(error) => return Err(talk.refuse(error).await),
     };
-    // From here on it counts as a session.
-    drop(negotiating);
-    Ok(talk.start(hello, peer, Direction::Accepted, path, refused))
+    Ok(talk.start(hello, peer, Some(negotiating), path, refused))
 }
 
 /// Introductions with a stranger, each step of which has its time.
@@ -334,15 +332,20 @@ impl<'a> Talk<'a> {
         }
     }
 
+    /// The session with a peer that was admitted, or dialled if that is none.
     fn start(
         self,
         hello: Hello,
         peer: Peer,
-        direction: Direction,
+        admitted: Option<Negotiating<'_>>,
         path: Path,
         refused: Vec<Refusal>,
     ) -> Arc<Session> {
         let theirs = Duration::from_millis(hello.liveness_ms);
+        let direction = match admitted {
+            Some(_) => Direction::Accepted,
+            None => Direction::Dialled,
+        };
         let agreed = Agreed {
             peer,
             instance: hello.instance,
@@ -358,7 +361,7 @@ impl<'a> Talk<'a> {
         }
         tracing::info!(peer = %agreed.peer.name, path = %agreed.path.name, ?direction, "session up");
         let (reader, writer) = self.stream.split();
-        Session::start(self.node, agreed, reader, writer)
+        Session::start(self.node, agreed, admitted, reader, writer)
     }
 
     async fn send(&mut self, message: &Message) -> Result<(), SessionError> {
