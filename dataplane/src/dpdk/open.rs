@@ -128,7 +128,7 @@ pub(super) fn open(spec: &DeviceSpec, options: &Options) -> Result<Opened, OpenE
             (None, vdev::with_queues(devargs, options.queues), mtu)
         }
         DeviceSpec::Pair(socket) => {
-            let claim = Claim::take(socket)?;
+            let claim = Claim::take(socket, options.queues.max(1))?;
             let descriptors = options.rx_descriptors.max(options.tx_descriptors);
             let devargs = claim.devargs(descriptors, options.queues);
             (Some(claim), devargs, options.mtu)

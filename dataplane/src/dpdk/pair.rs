@@ -32,13 +32,15 @@
 //! - A killed virtio_user leaves its socket, which no server can bind again;
 //!   the holder of the second lock removes it first.
 //!
-//! The lock files, which are empty, stay: another process may have one open and
-//! be about to lock it, and would then hold the lock of a file that is gone.
+//! The lock files hold their holders' numbers of queues, which must be equal: of
+//! two ends that differ, DPDK lets the queues that only one has carry nothing,
+//! without an error. They stay: another process may have one open and be about
+//! to lock it, and would then hold the lock of a file that is gone.
 
 #![forbid(unsafe_code)]
 
 use std::fs::{File, OpenOptions};
-use std::io;
+use std::io::{self, Read as _, Seek as _, Write as _};
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -71,6 +73,19 @@ pub enum PairError {
         /// The kernel's answer.
         source: io::Error,
     },
+    /// The other end has another number of queues: some would carry nothing.
+    #[error(
+        "the other end of pair:{} has {theirs} queues, not {ours}: give both ends the same --queues",
+        socket.display()
+    )]
+    Queues {
+        /// The socket.
+        socket: PathBuf,
+        /// Queues of the living end.
+        theirs: u16,
+        /// Queues of this one.
+        ours: u16,
+    },
     /// What a killed process left cannot be removed.
     #[error("cannot remove {}, which a process that is gone left behind", path.display())]
     Stale {
@@ -95,12 +110,17 @@ pub struct Claim {
 pub const DESCRIPTORS: u16 = 256;
 
 impl Claim {
-    /// Claims the first end that is free.
-    pub fn take(socket: &Path) -> Result<Self, PairError> {
+    /// Claims the first end that is free, for a device of so many queues.
+    pub fn take(socket: &Path, queues: u16) -> Result<Self, PairError> {
         for end in [End::Vhost, End::VirtioUser] {
             let Some(lock) = try_lock(&end.lock_path(socket))? else {
                 continue;
             };
+            end.other().check_queues(socket, queues)?;
+            note_queues(&lock, queues).map_err(|source| PairError::Lock {
+                path: end.lock_path(socket),
+                source,
+            })?;
             let claim = Self {
                 end,
                 socket: socket.into(),
@@ -159,6 +179,43 @@ impl Drop for Claim {
 }
 
 impl End {
+    fn other(self) -> Self {
+        match self {
+            End::Vhost => End::VirtioUser,
+            End::VirtioUser => End::Vhost,
+        }
+    }
+
+    /// Refuses if this end is somebody's who lives, with another number of queues.
+    fn check_queues(self, socket: &Path, ours: u16) -> Result<(), PairError> {
+        let path = self.lock_path(socket);
+        let mut options = OpenOptions::new();
+        let Ok(file) = options.read(true).custom_flags(libc::O_NOFOLLOW).open(path) else {
+            return Ok(());
+        };
+        let mut text = String::new();
+        // More than the longest number; what is no number was not noted here.
+        let _ = (&file).take(16).read_to_string(&mut text);
+        let Ok(theirs) = text.trim().parse::<u16>() else {
+            return Ok(());
+        };
+        // Looked at only where the numbers differ: whoever is about to take this
+        // end would find it locked.
+        let held = || {
+            let lock = rustix::fs::flock(&file, FlockOperation::NonBlockingLockShared);
+            lock == Err(rustix::io::Errno::WOULDBLOCK)
+        };
+        if theirs != ours && held() {
+            let socket = socket.into();
+            return Err(PairError::Queues {
+                socket,
+                theirs,
+                ours,
+            });
+        }
+        Ok(())
+    }
+
     fn lock_path(self, socket: &Path) -> PathBuf {
         let suffix = match self {
             End::Vhost => ".vhost",
@@ -168,6 +225,13 @@ impl End {
         path.push(suffix);
         path.into()
     }
+}
+
+/// Notes in a lock file how many queues its holder has.
+fn note_queues(mut lock: &File, queues: u16) -> io::Result<()> {
+    lock.set_len(0)?;
+    lock.rewind()?;
+    writeln!(lock, "{queues}")
 }
 
 /// Opens and locks a file; `None` if another process holds the lock.
@@ -230,16 +294,16 @@ mod tests {
     fn the_first_is_vhost_the_second_virtio_user_and_a_third_is_refused() {
         let folder = tempfile::tempdir().unwrap();
         let socket = folder.path().join("pair");
-        let first = Claim::take(&socket).unwrap();
-        let second = Claim::take(&socket).unwrap();
+        let first = Claim::take(&socket, 1).unwrap();
+        let second = Claim::take(&socket, 1).unwrap();
         assert_eq!((first.end(), second.end()), (End::Vhost, End::VirtioUser));
-        assert!(matches!(Claim::take(&socket), Err(PairError::Taken(_))));
+        assert!(matches!(Claim::take(&socket, 1), Err(PairError::Taken(_))));
         // Whichever goes comes back as what it was.
         drop(first);
-        assert_eq!(Claim::take(&socket).unwrap().end(), End::Vhost);
-        let _first = Claim::take(&socket).unwrap();
+        assert_eq!(Claim::take(&socket, 1).unwrap().end(), End::Vhost);
+        let _first = Claim::take(&socket, 1).unwrap();
         drop(second);
-        assert_eq!(Claim::take(&socket).unwrap().end(), End::VirtioUser);
+        assert_eq!(Claim::take(&socket, 1).unwrap().end(), End::VirtioUser);
     }
 
     #[test]
@@ -247,15 +311,32 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let socket = folder.path().join("pair");
         std::fs::write(&socket, b"").unwrap();
-        let _first = Claim::take(&socket).unwrap();
+        let _first = Claim::take(&socket, 1).unwrap();
         assert!(socket.exists(), "it may be a living server's");
-        let _second = Claim::take(&socket).unwrap();
+        let _second = Claim::take(&socket, 1).unwrap();
         assert!(!socket.exists());
     }
 
     #[test]
+    fn ends_with_different_numbers_of_queues_are_refused_while_both_live() {
+        let folder = tempfile::tempdir().unwrap();
+        let socket = folder.path().join("pair");
+        let first = Claim::take(&socket, 2).unwrap();
+        let refused = Claim::take(&socket, 12).unwrap_err();
+        let PairError::Queues { theirs, ours, .. } = refused else {
+            panic!("{refused}");
+        };
+        assert_eq!((theirs, ours), (2, 12));
+        let second = Claim::take(&socket, 2).unwrap();
+        // What a killed process noted does not count.
+        drop((first, second));
+        let _first = Claim::take(&socket, 1).unwrap();
+        assert_eq!(Claim::take(&socket, 1).unwrap().end(), End::VirtioUser);
+    }
+
+    #[test]
     fn a_lock_that_cannot_be_made_is_an_error() {
-        let refused = Claim::take(Path::new("/nonexistent/pair"));
+        let refused = Claim::take(Path::new("/nonexistent/pair"), 1);
         assert!(matches!(refused, Err(PairError::Lock { .. })));
     }
 

@@ -36,7 +36,7 @@ pub(crate) struct Counts {
 
 impl QueuePair {
     /// # Safety
-    /// The port is started and stays so until [`QueuePair::stop`]; what `mode`
+    /// The port is started and stays so while bursts are moved; what `mode`
     /// points to outlives this; nothing else uses these queues of the port.
     pub(crate) unsafe fn new(port: u16, queue: u16, mode: sys::genie_tx_mode) -> Self {
         let pending = MbufBurst::new();

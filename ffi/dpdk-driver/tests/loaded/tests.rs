@@ -172,7 +172,7 @@ fn comes_back(socket: &Path) {
 
 fn nobody_answers(socket: &Path) {
     // Holds the first end and never opens it.
-    let claim = Claim::take(socket).expect("the first end is free");
+    let claim = Claim::take(socket, 1).expect("the first end is free");
     assert_eq!(claim.end(), End::Vhost);
     let (_second, refused) = Peer::start(socket);
     assert!(
