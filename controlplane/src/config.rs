@@ -49,16 +49,31 @@ const TAP_BYTES: u64 = 64 << 20;
 pub const DRAIN_LIMIT: Duration = Duration::from_secs(10);
 
 /// Variables that start with `GENIE_` and are not flags of the agent.
-const OTHER_VARIABLES: [&str; 9] = [
+const OTHER_VARIABLES: [&str; 15] = [
     "GENIE_BIN",
+    "GENIE_COMMIT",
+    "GENIE_DEADLINE",
     "GENIE_DPDK_LIB",
+    "GENIE_FAILOVER_SECONDS",
     "GENIE_HUGEPAGES",
     "GENIE_JSON",
     "GENIE_LOG",
+    "GENIE_MEMORY",
+    "GENIE_PTXAS",
     "GENIE_PYTHON",
-    "GENIE_REQUIRE_DPDK",
+    "GENIE_RETRY",
     "GENIE_SIM",
+    "GENIE_WIRE",
     "GENIE_WITHOUT_DPDK",
+];
+
+/// How those start that only tests, scripts and benchmarks read.
+const OTHER_PREFIXES: [&str; 5] = [
+    "GENIE_CHAOS_",
+    "GENIE_GUEST_",
+    "GENIE_LAB",
+    "GENIE_REQUIRE_",
+    "GENIE_TEST_",
 ];
 
 /// The flags of `genie agent`; what is not given comes from the file or a default.
@@ -841,7 +856,7 @@ pub(crate) fn check_node(name: &str) -> Result<(), String> {
     Ok(())
 }
 
-fn check_variables(variables: impl Iterator<Item = String>) -> Result<(), ConfigError> {
+pub(crate) fn check_variables(variables: impl Iterator<Item = String>) -> Result<(), ConfigError> {
     let known: BTreeSet<String> = KEYS
         .iter()
         // A table has no place in a variable.
@@ -851,7 +866,8 @@ fn check_variables(variables: impl Iterator<Item = String>) -> Result<(), Config
         .chain(["GENIE_CONFIG".to_owned()])
         .collect();
     for name in variables.filter(|name| name.starts_with("GENIE_")) {
-        if !known.contains(&name) && !name.starts_with("GENIE_TEST_") {
+        let is_other = OTHER_PREFIXES.iter().any(|prefix| name.starts_with(prefix));
+        if !known.contains(&name) && !is_other {
             let suggestion = suggest(&name, known.iter().map(String::as_str));
             return Err(ConfigError::UnknownVariable { name, suggestion });
         }
@@ -937,6 +953,21 @@ mod tests {
         assert!(unknown.to_string().contains("'GENIE_LISTEN'"), "{unknown}");
         let fine = ["GENIE_SOCKET", "GENIE_DPDK_LIB", "HOME"].map(str::to_owned);
         assert!(check_variables(fine.into_iter()).is_ok());
+    }
+
+    #[test]
+    fn variables_of_scripts_are_no_mistakes() {
+        let scripts = [
+            include_str!("../../.ci/run"),
+            include_str!("../../scripts/test"),
+            include_str!("../../scripts/netns"),
+        ];
+        let part_of_name = |c: char| c.is_ascii_uppercase() || c == '_';
+        for (at, _) in scripts.concat().match_indices("GENIE_") {
+            let text = &scripts.concat()[at..];
+            let name = text.split(|c| !part_of_name(c)).next().unwrap_or(text);
+            check_variables([name.to_owned()].into_iter()).unwrap();
+        }
     }
 
     #[test]
