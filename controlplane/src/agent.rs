@@ -32,6 +32,7 @@ use crate::frame::FrameError;
 use crate::identity::{CredentialError, Credentials, Identity};
 use crate::metrics;
 use crate::node::{Node, Parts};
+use crate::rights::Access;
 use crate::session::{SessionError, establish};
 use crate::status::MetricsStatus;
 use crate::strangers::Strangers;
@@ -39,6 +40,9 @@ use crate::transport::{Attended, Local, Preference, Transport, Transports};
 
 /// Programs that may be connected at a time.
 const APPLICATIONS_MAX: usize = 256;
+
+/// How long the files that SIGHUP is for may take to read: they are small.
+const RELOAD_LIMIT: Duration = Duration::from_secs(5);
 
 /// Why the agent did not start, or could not go on.
 #[derive(Debug, thiserror::Error)]
@@ -116,7 +120,7 @@ pub enum AgentError {
 /// On SIGHUP `reload` gives newer settings, of which identity and access count.
 pub fn run(
     config: Config,
-    reload: impl Fn() -> Result<Config, ConfigError> + Send + 'static,
+    reload: impl Fn() -> Result<Config, ConfigError> + Send + Sync + 'static,
     json: bool,
 ) -> Result<(), AgentError> {
     let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -133,7 +137,7 @@ pub fn run(
 
 async fn serve(
     config: Config,
-    reload: impl Fn() -> Result<Config, ConfigError> + Send + 'static,
+    reload: impl Fn() -> Result<Config, ConfigError> + Send + Sync + 'static,
     json: bool,
 ) -> Result<(), AgentError> {
     let mut stop = Stop::new()?;
@@ -171,7 +175,7 @@ async fn serve(
     tokio::select! {
         () = accept_peers(&node, &listener) => {}
         () = accept_applications(&node, &applications) => {}
-        () = renew(&node, &mut hangup, reload) => {}
+        () = renew(&node, &mut hangup, Arc::new(reload)) => {}
         () = metrics::serve(&node, scrapers) => {}
         name = stop.wait() => tracing::info!("{name}: stopping"),
     }
@@ -191,14 +195,24 @@ fn load_credentials(config: &Config) -> Result<Option<Arc<Credentials>>, Credent
 }
 
 /// Takes newer credentials, allowed peers and rights whenever SIGHUP says so.
-async fn renew(
-    node: &Arc<Node>,
-    hangup: &mut Signal,
-    reload: impl Fn() -> Result<Config, ConfigError>,
-) {
+async fn renew<R>(node: &Arc<Node>, hangup: &mut Signal, reload: Arc<R>)
+where
+    R: Fn() -> Result<Config, ConfigError> + Send + Sync + 'static,
+{
     while hangup.recv().await.is_some() {
-        match newer(node, &reload) {
-            Ok(()) => {
+        let (of, reload) = (Arc::clone(node), Arc::clone(&reload));
+        // Files may take as long as their disk likes, and nobody waits for them.
+        let read = tokio::task::spawn_blocking(move || newer(&of, &*reload));
+        let read = match timeout(RELOAD_LIMIT, read).await {
+            Ok(Ok(read)) => read,
+            Ok(Err(error)) => Err(error.to_string()),
+            Err(_) => Err(format!(
+                "the files were not read within {RELOAD_LIMIT:?}: send SIGHUP again once they can be"
+            )),
+        };
+        match read {
+            Ok(newer) => {
+                node.identity.replace(newer.credentials, newer.access);
                 let summary = node.identity.current().summary();
                 tracing::info!("SIGHUP: from now on {summary}");
                 node.end_unwanted_sessions();
@@ -211,7 +225,14 @@ async fn renew(
     }
 }
 
-fn newer(node: &Node, reload: impl Fn() -> Result<Config, ConfigError>) -> Result<(), String> {
+/// What a running agent takes of its files.
+struct Newer {
+    credentials: Option<Arc<Credentials>>,
+    access: Access,
+}
+
+/// Reads the files. Blocks.
+fn newer(node: &Node, reload: &impl Fn() -> Result<Config, ConfigError>) -> Result<Newer, String> {
     let config = reload().map_err(|error| error.to_string())?;
     if config.name != node.name {
         let (new, old) = (&config.name, &node.name);
@@ -226,8 +247,11 @@ fn newer(node: &Node, reload: impl Fn() -> Result<Config, ConfigError>) -> Resul
         );
     }
     let credentials = load_credentials(&config).map_err(|error| error.to_string())?;
-    node.identity.replace(credentials, config.access);
-    Ok(())
+    let access = config.access;
+    Ok(Newer {
+        credentials,
+        access,
+    })
 }
 
 async fn drain(node: &Node, stop: &mut Stop) {

@@ -8,8 +8,11 @@
 
 mod batch;
 mod memory;
+#[cfg(test)]
+mod tests;
 mod window;
 
+use std::io::ErrorKind;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -18,7 +21,7 @@ use genie_client::protocol::{
 };
 use genie_client::slice::Run;
 use genie_client::{Metadata, Moved, Owner};
-use tokio::io::AsyncReadExt;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio::time::timeout;
 
@@ -86,18 +89,7 @@ pub async fn serve(
 ) -> Result<(), ApplicationError> {
     let exchanged = timeout(PATIENCE, frame::exchange_preamble(&mut stream)).await;
     exchanged.map_err(|_| ApplicationError::Stalled)??;
-    let mut application = Application {
-        node,
-        stream,
-        user,
-        arenas: Arenas::default(),
-        batches: Batches::default(),
-        windows: Windows::default(),
-        policy: Policy::default(),
-        listener: None,
-        requests: 0,
-        cancelled: false,
-    };
+    let mut application = Application::new(node, stream, user);
     loop {
         // An idle application may keep its connection; a frame once begun must end.
         let mut first = [0];
@@ -132,6 +124,21 @@ struct Application {
 }
 
 impl Application {
+    fn new(node: Arc<Node>, stream: UnixStream, user: User) -> Self {
+        Self {
+            node,
+            stream,
+            user,
+            arenas: Arenas::default(),
+            batches: Batches::default(),
+            windows: Windows::default(),
+            policy: Policy::default(),
+            listener: None,
+            requests: 0,
+            cancelled: false,
+        }
+    }
+
     /// Counts a request and answers it.
     async fn begin(&mut self, ask: Ask) -> Result<(), ApplicationError> {
         if let Ask::Cancel { request } = ask {
@@ -698,10 +705,8 @@ impl Application {
                 limit = &mut late => return Ok(Err(TransferError::Deadline(limit).into())),
                 _ = tick.tick() => {
                     let now = progress.get();
-                    if now != told {
+                    if now != told && self.tell(now).await? {
                         told = now;
-                        let (done, total) = now;
-                        self.send(&Answer::Progress { done, total }).await?;
                     }
                 }
                 first = self.stream.read_u8() => {
@@ -715,6 +720,21 @@ impl Application {
             }
         }
         Ok(Err(TransferError::Cancelled.into()))
+    }
+
+    /// Tells bytes done and in total, if the application took what it was told
+    /// before: nothing waits for one that does not look.
+    async fn tell(&mut self, (done, total): (u64, u64)) -> Result<bool, ApplicationError> {
+        let frame = frame::encode(&Answer::Progress { done, total })?;
+        let written = match self.stream.try_write(&frame) {
+            Ok(written) => written,
+            Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(false),
+            Err(error) => return Err(FrameError::Io(error).into()),
+        };
+        let rest = timeout(PATIENCE, self.stream.write_all(&frame[written..])).await;
+        rest.map_err(|_| ApplicationError::Stalled)?
+            .map_err(FrameError::Io)?;
+        Ok(true)
     }
 
     async fn fail(&mut self, error: impl Into<MemoryError>) -> Result<(), ApplicationError> {

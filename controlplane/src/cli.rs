@@ -6,6 +6,7 @@
 mod ca;
 mod device;
 mod doctor;
+mod end;
 mod hugepages;
 mod log;
 mod move_file;
@@ -195,8 +196,8 @@ enum CommandError {
     Print(io::Error),
     #[error("nothing can work here: not even TCP on the loopback interface does")]
     Unusable,
-    #[error("cannot watch for signals: {0}")]
-    Signals(io::Error),
+    #[error("cannot watch for signals and time: {0}")]
+    Watch(io::Error),
 }
 
 impl CommandError {
@@ -274,7 +275,7 @@ fn run(command: Command, json: bool) -> Result<(), CommandError> {
         Command::BenchAgent(args) => {
             // A parent that was killed tells nobody.
             rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::TERM))
-                .map_err(|errno| CommandError::Signals(errno.into()))?;
+                .map_err(|errno| CommandError::Watch(errno.into()))?;
             run(Command::Agent(args), json)
         }
         Command::Put {
@@ -286,7 +287,8 @@ fn run(command: Command, json: bool) -> Result<(), CommandError> {
         } => {
             let client = &mut agent.connect()?;
             client.set_patience(patience.deadline, patience.retry)?;
-            let report = move_file::put(client, &file, &to, pages.memory, json)?;
+            let deadline = patience.deadline;
+            let report = move_file::put(client, &file, &to, pages.memory, deadline, json)?;
             print(json, &report, || show::moved("put", &report))
         }
         Command::Get {
@@ -298,7 +300,8 @@ fn run(command: Command, json: bool) -> Result<(), CommandError> {
         } => {
             let client = &mut agent.connect()?;
             client.set_patience(patience.deadline, patience.retry)?;
-            let report = move_file::get(client, &from, &file, pages.memory, json)?;
+            let deadline = patience.deadline;
+            let report = move_file::get(client, &from, &file, pages.memory, deadline, json)?;
             print(json, &report, || show::moved("got", &report))
         }
         Command::Ls { node, agent } => {
@@ -402,7 +405,19 @@ mod tests {
 
     #[test]
     fn the_command_line_is_consistent() {
-        Cli::command().debug_assert();
+        let mut command = Cli::command();
+        command.clone().debug_assert();
+        // A variable of one command does not keep another from starting.
+        command.build();
+        let arguments = |command: &clap::Command| -> Vec<String> {
+            let named = command.get_arguments().filter_map(|one| one.get_env());
+            named
+                .map(|name| name.to_string_lossy().into_owned())
+                .collect()
+        };
+        for one in command.get_subcommands() {
+            crate::config::check_variables(arguments(one).into_iter()).unwrap();
+        }
     }
 
     #[test]

@@ -234,17 +234,16 @@ impl ModelFile {
             path: path.to_owned(),
             source,
         };
+        let regular = |stat: fs::Metadata| match stat.is_file() {
+            true => Ok(stat.len()),
+            false => Err(io::Error::other("not a regular file")),
+        };
+        // Opening a pipe would wait for whoever writes into it.
+        let stat = fs::metadata(path).map_err(io("open"))?;
+        regular(stat).map_err(io("read"))?;
         let file = File::open(path).map_err(io("open"))?;
         let stat = file.metadata().map_err(io("read"))?;
-        if !stat.is_file() {
-            let source = io::Error::other("not a regular file");
-            return Err(FileError::Io {
-                action: "read",
-                path: path.to_owned(),
-                source,
-            });
-        }
-        let len = stat.len();
+        let len = regular(stat).map_err(io("read"))?;
         if len < 8 {
             return Err(bad(HeaderError::Short(len)));
         }

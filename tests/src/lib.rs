@@ -10,6 +10,7 @@ pub mod liar;
 pub mod model;
 pub mod nodes;
 pub mod relay;
+pub mod stuck_disk;
 
 use std::io::{BufRead, BufReader, Read};
 use std::net::SocketAddr;

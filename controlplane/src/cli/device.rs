@@ -23,7 +23,7 @@ impl Device {
         };
         let stage = Stage::start(accelerator, Config::default(), Trace::default())?;
         let runtime = tokio::runtime::Builder::new_current_thread().build();
-        let runtime = runtime.map_err(CommandError::Signals)?;
+        let runtime = runtime.map_err(CommandError::Watch)?;
         Ok(Some(Self { stage, runtime }))
     }
 

@@ -1,16 +1,15 @@
 //! `put` and `get`: between a file and an arena.
 
 use std::io::IsTerminal;
-use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Instant;
+use std::path::Path;
+use std::time::{Duration, Instant};
 
 use genie_client::{Client, Memory, Moved};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
-use tokio::signal::unix::{SignalKind, signal};
 
 use super::device::{self, Device};
+use super::end::Unfinished;
 use super::{CommandError, Target};
 use crate::safetensors::{Draft, ModelFile};
 use crate::tensor::check_batch;
@@ -33,8 +32,12 @@ pub(super) fn put(
     file: &Path,
     to: &Target,
     memory: Memory,
+    deadline: Option<Duration>,
     json: bool,
 ) -> Result<Report, CommandError> {
+    Unfinished::default()
+        .end_after(deadline)
+        .map_err(CommandError::Watch)?;
     let model = ModelFile::open(file)?;
     let header = &model.header;
     check_batch(&to.name, &header.tensors, header.metadata.as_ref()).map_err(|source| {
@@ -82,12 +85,33 @@ pub(super) fn get(
     from: &Target,
     file: &Path,
     memory: Memory,
+    deadline: Option<Duration>,
     json: bool,
 ) -> Result<Report, CommandError> {
+    let unfinished = Unfinished::default();
+    unfinished.end_on_signals().map_err(CommandError::Watch)?;
+    unfinished
+        .end_after(deadline)
+        .map_err(CommandError::Watch)?;
+    // The kernel gives signals to the first thread, so that one waits for no disk.
+    std::thread::scope(|scope| {
+        let get = || get_file(client, from, file, memory, json, &unfinished);
+        let got = scope.spawn(get).join();
+        got.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    })
+}
+
+fn get_file(
+    client: &mut Client,
+    from: &Target,
+    file: &Path,
+    memory: Memory,
+    json: bool,
+    unfinished: &Unfinished,
+) -> Result<Report, CommandError> {
     // Before anything moves: a folder that cannot be written is found now.
-    let cleanup = Cleanup::watch().map_err(CommandError::Signals)?;
     let draft = Draft::create(file)?;
-    cleanup.remember(draft.temporary());
+    unfinished.remember(draft.temporary());
     let bar = Bar::new("get", json);
     let show = |done, total| bar.show(done, total);
     let device = Device::open(memory)?;
@@ -155,54 +179,3 @@ impl Bar {
         }
     }
 }
-
-/// Removes the unfinished file when the program is interrupted.
-struct Cleanup(Arc<Mutex<Option<PathBuf>>>);
-
-impl Cleanup {
-    /// Starts watching, on a thread of its own.
-    fn watch() -> std::io::Result<Self> {
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_io()
-            .build()?;
-        let unfinished: Arc<Mutex<Option<PathBuf>>> = Arc::default();
-        let to_remove = Arc::clone(&unfinished);
-        let guard = runtime.enter();
-        let mut interrupt = signal(SignalKind::interrupt())?;
-        let mut terminate = signal(SignalKind::terminate())?;
-        let mut hangup = signal(SignalKind::hangup())?;
-        // A limit on file sizes is to be an error from write, not the end.
-        let too_large = signal(SignalKind::from_raw(SIGXFSZ))?;
-        drop(guard);
-        std::thread::Builder::new()
-            .name("genie-signals".into())
-            .spawn(move || {
-                let _too_large = too_large;
-                runtime.block_on(async {
-                    tokio::select! {
-                        _ = interrupt.recv() => {}
-                        _ = terminate.recv() => {}
-                        _ = hangup.recv() => {}
-                    }
-                });
-                let path = to_remove
-                    .lock()
-                    .unwrap_or_else(PoisonError::into_inner)
-                    .take();
-                if let Some(path) = path {
-                    // Already gone if it was just given its name.
-                    let _ = std::fs::remove_file(path);
-                }
-                eprintln!("genie: interrupted");
-                std::process::exit(1);
-            })?;
-        Ok(Self(unfinished))
-    }
-
-    fn remember(&self, path: &Path) {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(path.to_owned());
-    }
-}
-
-/// `setrlimit(2)`: sent when a file grows beyond `RLIMIT_FSIZE`.
-const SIGXFSZ: i32 = 25;
