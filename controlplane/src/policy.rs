@@ -104,6 +104,7 @@ fn is_passing(error: &TransferError) -> bool {
             FailReason::DigestMismatch
             | FailReason::Cancelled
             | FailReason::CancelledByPeer
+            | FailReason::Unread(_)
             | FailReason::Protocol(_)
             | FailReason::Refused(_) => false,
         },

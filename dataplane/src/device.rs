@@ -9,6 +9,7 @@
 
 pub mod attachments;
 pub mod fault;
+pub mod kept;
 pub mod pair;
 pub mod queues;
 pub mod registrations;
@@ -32,6 +33,10 @@ pub const BURST_MAX: usize = 32;
 /// Tensor memory that frames may refer to; valid on the device that gave it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Attachment(pub u32);
+
+/// A received frame that is kept; the number of no other frame that is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct FrameId(pub u32);
 
 /// A frame to be sent: bytes of its own, then optionally bytes of a tensor.
 #[derive(Clone, Debug, Default)]
@@ -149,6 +154,35 @@ pub trait Device {
     /// A frame is given back to the device when `on_frame` returns. Returns the
     /// number of frames.
     fn rx_burst(&mut self, on_frame: &mut dyn FnMut(View<'_>)) -> usize;
+
+    /// How many received frames may be kept at a time with
+    /// [`Device::rx_burst_keeping`], beyond those of a burst; none by default.
+    fn keepable(&self) -> u32 {
+        0
+    }
+
+    /// [`Device::rx_burst`] whose frames need not all be given back when
+    /// `on_frame` returns: one for which it says `true` is kept under the number
+    /// it was shown with. A frame without a number cannot be kept.
+    fn rx_burst_keeping(
+        &mut self,
+        on_frame: &mut dyn FnMut(View<'_>, Option<FrameId>) -> bool,
+    ) -> usize {
+        self.rx_burst(&mut |frame| {
+            on_frame(frame, None);
+        })
+    }
+
+    /// The bytes of a kept frame; of one that is not kept, none.
+    fn kept(&self, frame: FrameId) -> View<'_> {
+        let _ = frame;
+        View::default()
+    }
+
+    /// Gives a kept frame back to the device.
+    fn give_back(&mut self, frame: FrameId) {
+        let _ = frame;
+    }
 
     /// Queues frames for sending; returns how many of the first ones were taken.
     ///

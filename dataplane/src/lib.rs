@@ -22,4 +22,4 @@ pub mod tcp;
 
 pub use genie_proto::seal::{Secret, Secrets};
 pub use genie_proto::wire::{METADATA_MAX, Metadata};
-pub use genie_proto::{Digest, Integrity, OfferError, SessionId, Time, TransferId};
+pub use genie_proto::{Digest, Integrity, OfferError, SessionId, Time, TransferError, TransferId};

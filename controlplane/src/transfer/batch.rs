@@ -251,6 +251,7 @@ fn interrupted(session: &Session, number: u32, error: StageError) -> Result<(), 
         FailReason::DigestMismatch
         | FailReason::Cancelled
         | FailReason::CancelledByPeer
+        | FailReason::Unread(_)
         | FailReason::Protocol(_) => Err(match session.ended() {
             // The session's end explains more than what it did to one transfer.
             Some(ended) => SessionError::Ended(ended).into(),

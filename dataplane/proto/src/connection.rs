@@ -72,6 +72,8 @@ pub struct Connection {
     /// Packets the peer lets us have in flight, and the number of the ACK that said so.
     credit: u32,
     credit_from: u64,
+    /// Packets that there is room for, where that bounds what the peer may send.
+    room: u32,
     /// The window or the credit kept us from sending since the last ACK.
     limited: bool,
     controls: VecDeque<Control>,
@@ -183,6 +185,7 @@ impl Connection {
             controller: config.congestion.build(packet_bytes),
             credit: config.remote_credit,
             credit_from: 0,
+            room: u32::MAX,
             limited: false,
             controls: VecDeque::new(),
             probe_due: false,
@@ -312,7 +315,26 @@ impl Connection {
     /// of it with the next ACK. Zero stops it; a share at least twice as large is
     /// told at once.
     pub fn set_receive_credit(&mut self, packets: u32) {
-        let before = std::mem::replace(&mut self.config.receive_credit, packets);
+        let before = self.told_credit();
+        self.config.receive_credit = packets;
+        self.tell_credit(before);
+    }
+
+    /// Bounds the credit by what there is room for besides: zero stops the peer
+    /// until there is some. [`Connection::receive_credit`] stays what it is.
+    pub fn set_room(&mut self, packets: u32) {
+        let before = self.told_credit();
+        self.room = packets;
+        self.tell_credit(before);
+    }
+
+    /// What acknowledgements tell.
+    fn told_credit(&self) -> u32 {
+        self.config.receive_credit.min(self.room)
+    }
+
+    fn tell_credit(&mut self, before: u32) {
+        let packets = self.told_credit();
         if packets != before {
             self.received
                 .credit_changed(packets > 0 && packets / 2 >= before);

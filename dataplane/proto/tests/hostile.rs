@@ -159,13 +159,15 @@ fn a_flood_of_questions_is_answered_within_bounds() {
         };
         for (number, body) in [(2 * number, probe), (2 * number + 1, done)] {
             let datagram = packet(number, transfer, &body);
-            connection.handle_datagram(Time(1), &datagram, datagram.len(), |_| unreachable!());
+            connection.handle_datagram(Time(1), &datagram, datagram.len(), |_| -> u32 {
+                unreachable!()
+            });
         }
     }
     assert_eq!(connection.stats().drops(DropCause::Overload), 20_000 - 100);
     let mut answers = 0;
     while connection
-        .poll_transmit(Time(2), |_| unreachable!())
+        .poll_transmit(Time(2), |_| -> u32 { unreachable!() })
         .is_some()
     {
         answers += 1;
@@ -182,7 +184,9 @@ fn versions_and_types_not_spoken_here_are_told_apart() {
     };
     let good = packet(1, transfer, &Body::Probe(Probe { token: 1 }));
     let mut handle = |datagram: &[u8], cause| {
-        connection.handle_datagram(Time(1), datagram, datagram.len(), |_| unreachable!());
+        connection.handle_datagram(Time(1), datagram, datagram.len(), |_| -> u32 {
+            unreachable!()
+        });
         assert_eq!(connection.stats().drops(cause), 1, "{cause:?}");
     };
     let mut bad = good.clone();
@@ -242,7 +246,9 @@ fn offers_that_were_not_granted_or_are_not_what_they_say_are_dropped() {
     let tensor = [7; 100];
     let mut none = Connection::new(config(0), SessionId(1), SessionId(2), Time(0));
     let datagram = offer(1, number(0), &tensor, &says(&tensor));
-    none.handle_datagram(Time(1), &datagram, datagram.len(), |_| unreachable!());
+    none.handle_datagram(Time(1), &datagram, datagram.len(), |_| -> u32 {
+        unreachable!()
+    });
     assert_eq!(none.stats().drops(DropCause::NotGranted), 1);
 
     let mut two = Connection::new(config(2), SessionId(1), SessionId(2), Time(0));

@@ -9,7 +9,8 @@
 use std::collections::VecDeque;
 use std::os::fd::BorrowedFd;
 
-use super::{AttachError, Attachment, Capabilities, Counters, Device, Steering, TxFrame};
+use super::kept::Kept;
+use super::{AttachError, Attachment, Capabilities, Counters, Device, FrameId, Steering, TxFrame};
 use crate::ledger::Copies;
 use crate::memory::{Lease, View};
 
@@ -49,6 +50,8 @@ pub struct FaultyDevice<D> {
     random: fastrand::Rng,
     /// Frames held back, each with how many bursts it has to wait still.
     held: VecDeque<(u32, Vec<u8>)>,
+    /// Frames are this device's own, so it keeps them itself.
+    kept: Kept<Vec<u8>>,
     done: Done,
 }
 
@@ -57,6 +60,7 @@ impl<D: Device> FaultyDevice<D> {
     pub fn new(inner: D, faults: Faults) -> Self {
         let random = fastrand::Rng::with_seed(faults.seed);
         Self {
+            kept: Kept::new(inner.keepable()),
             inner,
             faults,
             random,
@@ -77,18 +81,47 @@ impl<D: Device> Device for FaultyDevice<D> {
     }
 
     fn rx_burst(&mut self, on_frame: &mut dyn FnMut(View<'_>)) -> usize {
+        self.rx_burst_keeping(&mut |frame, _| {
+            on_frame(frame);
+            false
+        })
+    }
+
+    fn keepable(&self) -> u32 {
+        self.kept.most()
+    }
+
+    fn kept(&self, frame: FrameId) -> View<'_> {
+        let kept = self.kept.get(frame);
+        kept.map(|frame| View::from(&frame[..])).unwrap_or_default()
+    }
+
+    fn give_back(&mut self, frame: FrameId) {
+        self.kept.take(frame);
+    }
+
+    fn rx_burst_keeping(
+        &mut self,
+        on_frame: &mut dyn FnMut(View<'_>, Option<FrameId>) -> bool,
+    ) -> usize {
         let Self {
             inner,
             faults,
             random,
             held,
+            kept,
             done,
         } = self;
+        let mut on_frame = |frame: &[u8]| {
+            if on_frame(View::from(frame), kept.next()) {
+                kept.keep(frame.to_vec());
+            }
+        };
         let mut delivered = 0;
         for _ in 0..held.len() {
             let (wait, frame) = held.pop_front().expect("counted just now");
             if wait == 0 {
-                on_frame(View::from(&frame[..]));
+                on_frame(&frame);
                 delivered += 1;
             } else {
                 held.push_back((wait - 1, frame));
@@ -115,7 +148,7 @@ impl<D: Device> Device for FaultyDevice<D> {
                 if late {
                     held.push_back((random.u32(1..40), frame.clone()));
                 } else {
-                    on_frame(View::from(&frame[..]));
+                    on_frame(&frame);
                     delivered += 1;
                 }
             }

@@ -8,8 +8,9 @@
 #![forbid(unsafe_code)]
 
 use super::attachments::Attachments;
+use super::kept::Kept;
 use super::registrations::Registrations;
-use super::{AttachError, Attachment, BURST_MAX, Capabilities, Counters, Device, TxFrame};
+use super::{AttachError, Attachment, BURST_MAX, Capabilities, Counters, Device, FrameId, TxFrame};
 use crate::ledger::Copies;
 use crate::memory::{Lease, View};
 
@@ -29,6 +30,8 @@ pub struct Options {
     /// Whether memory must be registered before frames refer to it, as with
     /// NICs behind an IOMMU.
     pub needs_registration: bool,
+    /// Received frames that may be kept, with spare buffers for as many.
+    pub keepable: u16,
 }
 
 impl Default for Options {
@@ -39,6 +42,7 @@ impl Default for Options {
             tx_external: true,
             completes_on_reap: false,
             needs_registration: false,
+            keepable: 0,
         }
     }
 }
@@ -50,6 +54,9 @@ pub struct PairDevice {
     completes_on_reap: bool,
     outgoing: Direction<rtrb::Producer<Vec<u8>>, rtrb::Consumer<Vec<u8>>>,
     incoming: Direction<rtrb::Consumer<Vec<u8>>, rtrb::Producer<Vec<u8>>>,
+    /// Frames that stay here, and what goes back in their place.
+    kept: Kept<Vec<u8>>,
+    spare: Vec<Vec<u8>>,
     /// Beside each lease: frames that refer to it and were not reaped.
     attachments: Attachments<u32>,
     unreaped: Vec<Attachment>,
@@ -87,9 +94,8 @@ fn direction(options: &Options) -> (Sending, Receiving) {
     let (full_in, full_out) = rtrb::RingBuffer::new(count);
     let (mut empty_in, empty_out) = rtrb::RingBuffer::new(count);
     for _ in 0..count {
-        let buffer = Vec::with_capacity(options.mtu as usize + ETHERNET_HEADER);
         empty_in
-            .push(buffer)
+            .push(buffer(options))
             .expect("the ring was made for this many buffers");
     }
     (
@@ -102,6 +108,11 @@ fn direction(options: &Options) -> (Sending, Receiving) {
             empty: empty_in,
         },
     )
+}
+
+/// Room for a frame.
+fn buffer(options: &Options) -> Vec<u8> {
+    Vec::with_capacity(options.mtu as usize + ETHERNET_HEADER)
 }
 
 impl PairDevice {
@@ -124,6 +135,8 @@ impl PairDevice {
             completes_on_reap: options.completes_on_reap,
             outgoing,
             incoming,
+            kept: Kept::new(options.keepable.into()),
+            spare: (0..options.keepable).map(|_| buffer(options)).collect(),
             attachments: Attachments::new(),
             unreaped: Vec::new(),
             registrations: options.needs_registration.then(Registrations::default),
@@ -175,22 +188,50 @@ impl Device for PairDevice {
     }
 
     fn rx_burst(&mut self, on_frame: &mut dyn FnMut(View<'_>)) -> usize {
+        self.rx_burst_keeping(&mut |frame, _| {
+            on_frame(frame);
+            false
+        })
+    }
+
+    fn keepable(&self) -> u32 {
+        self.kept.most()
+    }
+
+    fn rx_burst_keeping(
+        &mut self,
+        on_frame: &mut dyn FnMut(View<'_>, Option<FrameId>) -> bool,
+    ) -> usize {
         if self.stopped {
             return 0;
         }
         for count in 0..BURST_MAX {
-            let Ok(buffer) = self.incoming.full.pop() else {
+            let Ok(mut buffer) = self.incoming.full.pop() else {
                 return count;
             };
             self.counters.rx_frames += 1;
             self.counters.rx_bytes += buffer.len() as u64;
-            on_frame(View::from(&buffer[..]));
+            if on_frame(View::from(&buffer[..]), self.kept.next()) {
+                let spare = self.spare.pop().expect("one for each that is kept");
+                self.kept.keep(std::mem::replace(&mut buffer, spare));
+            }
             self.incoming
                 .empty
                 .push(buffer)
                 .expect("there are as many places as buffers");
         }
         BURST_MAX
+    }
+
+    fn kept(&self, frame: FrameId) -> View<'_> {
+        let buffer = self.kept.get(frame);
+        buffer
+            .map(|buffer| View::from(&buffer[..]))
+            .unwrap_or_default()
+    }
+
+    fn give_back(&mut self, frame: FrameId) {
+        self.spare.extend(self.kept.take(frame));
     }
 
     fn tx_burst(&mut self, frames: &[TxFrame]) -> usize {

@@ -13,7 +13,7 @@ use std::collections::HashMap;
 use std::os::fd::BorrowedFd;
 use std::time::SystemTime;
 
-use super::{AttachError, Attachment, Capabilities, Counters, Device, Steering, TxFrame};
+use super::{AttachError, Attachment, Capabilities, Counters, Device, FrameId, Steering, TxFrame};
 use crate::ledger::Copies;
 use crate::memory::{Lease, View};
 
@@ -77,6 +77,33 @@ impl<D: Device> Device for TapDevice<D> {
             recorder.record(now, [frame, View::default()]);
             on_frame(frame);
         })
+    }
+
+    fn keepable(&self) -> u32 {
+        self.inner.keepable()
+    }
+
+    fn rx_burst_keeping(
+        &mut self,
+        on_frame: &mut dyn FnMut(View<'_>, Option<FrameId>) -> bool,
+    ) -> usize {
+        let Some(recorder) = &mut self.recorder else {
+            return self.inner.rx_burst_keeping(on_frame);
+        };
+        let mut now = None;
+        self.inner.rx_burst_keeping(&mut |frame, id| {
+            let now = *now.get_or_insert_with(SystemTime::now);
+            recorder.record(now, [frame, View::default()]);
+            on_frame(frame, id)
+        })
+    }
+
+    fn kept(&self, frame: FrameId) -> View<'_> {
+        self.inner.kept(frame)
+    }
+
+    fn give_back(&mut self, frame: FrameId) {
+        self.inner.give_back(frame);
     }
 
     fn tx_burst(&mut self, frames: &[TxFrame]) -> usize {

@@ -2,8 +2,7 @@
 
 use genie_dpdk_abi as abi;
 
-use super::port::{Burst, Port};
-use crate::device::BURST_MAX;
+use super::port::Port;
 use crate::memory::View;
 use crate::memory::accelerator::direct::{
     DeviceSide, Direct, Mapped, PAGE_BYTES, PortSide, Refused, Split, device_arguments, split_of,
@@ -48,18 +47,8 @@ impl Port {
     /// Receives frames whose payloads may be in device memory; as
     /// [`Device::rx_burst`](crate::device::Device::rx_burst) otherwise.
     pub fn rx_direct(&mut self, on_frame: &mut dyn FnMut(DirectFrame<'_>)) -> usize {
-        let first = self.received.as_mut_ptr().cast::<abi::RxFrame>();
-        // SAFETY: an open port on its thread; room for a burst.
-        let count =
-            unsafe { (self.library.api().rx_burst)(self.raw.as_ptr(), first, BURST_MAX as u32) };
-        if count == 0 {
+        let Some(burst) = self.receive() else {
             return 0;
-        }
-        let burst = Burst {
-            library: self.library,
-            raw: self.raw,
-            first,
-            count,
         };
         for frame in burst.frames() {
             if frame.data_len + frame.payload_len != frame.frame_len {
@@ -73,7 +62,7 @@ impl Port {
             let head = unsafe { View::from_raw(frame.data, frame.data_len as usize) };
             on_frame(DirectFrame { head, payload });
         }
-        count as usize
+        burst.count as usize
     }
 
     /// Runs a step that fails with a sentence.

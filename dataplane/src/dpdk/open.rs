@@ -45,6 +45,9 @@ pub struct Options {
 /// to a few for all.
 const QUEUE_MIB: u32 = 64;
 
+/// Packet buffers of each pool beyond those that the rings hold.
+pub(super) const SPARE_MBUFS: u32 = 1024;
+
 impl Default for Options {
     fn default() -> Self {
         Self {
@@ -208,7 +211,7 @@ fn open_port(
         queues: options.queues.max(1),
         first_udp_port: options.first_udp_port,
         reserved: 0,
-        spare_mbufs: 1024,
+        spare_mbufs: SPARE_MBUFS,
         attachments: ATTACHMENTS_MAX as u32,
     };
     let mut queues = vec![std::ptr::null_mut(); usize::from(config.queues)];

@@ -9,18 +9,25 @@ use arrayvec::ArrayVec;
 use genie_dpdk_abi as abi;
 
 use super::library::Library;
-use super::open::{OpenError, Opened, Options};
+use super::open::{OpenError, Opened, Options, SPARE_MBUFS};
 use super::pair::Claim;
 use super::spec::DeviceSpec;
 use crate::device::attachments::Attachments;
+use crate::device::kept::Kept;
 use crate::device::registrations::Registrations;
-use crate::device::{AttachError, Attachment, BURST_MAX, Capabilities, Counters, Device, TxFrame};
+use crate::device::{
+    AttachError, Attachment, BURST_MAX, Capabilities, Counters, Device, FrameId, TxFrame,
+};
 use crate::ledger::Copies;
 use crate::memory::{Lease, Region, View};
 
 /// An attachment handle that the library never gives: for a lease of no bytes,
 /// and for a frame whose payload is not attached.
 const NO_HANDLE: u32 = u32::MAX;
+
+/// Received frames that may be kept: most of the packet buffers beyond those that
+/// the rings hold, so that the receive ring is never short of any.
+const KEEPABLE: u32 = SPARE_MBUFS / 4 * 3;
 
 /// One queue pair of an open port.
 ///
@@ -40,6 +47,10 @@ pub struct Port {
     registrations: Registrations,
     /// Room for a burst, so that an idle poll need not clear any.
     pub(super) received: Box<[MaybeUninit<abi::RxFrame>; BURST_MAX]>,
+    /// Packet buffers that somebody reads, and some that are to be freed, so
+    /// that the library is called for many at a time.
+    kept: Kept<abi::RxFrame>,
+    given_back: ArrayVec<abi::RxFrame, BURST_MAX>,
     pub(super) unusable_frames: u64,
     /// Whether other queues of the port are somebody else's.
     shares_port: bool,
@@ -134,6 +145,8 @@ impl Port {
             attachments: Attachments::new(),
             registrations: Registrations::default(),
             received: Box::new([const { MaybeUninit::uninit() }; BURST_MAX]),
+            kept: Kept::new(KEEPABLE),
+            given_back: ArrayVec::new(),
             unusable_frames: 0,
             shares_port: false,
             _claim: claim,
@@ -207,6 +220,29 @@ impl Port {
         })
     }
 
+    /// A burst of frames, if there are any.
+    pub(super) fn receive(&mut self) -> Option<Burst> {
+        let first = self.received.as_mut_ptr().cast::<abi::RxFrame>();
+        // SAFETY: an open port on its thread; room for a burst.
+        let count =
+            unsafe { (self.library.api().rx_burst)(self.raw.as_ptr(), first, BURST_MAX as u32) };
+        (count > 0).then_some(Burst {
+            library: self.library,
+            raw: self.raw,
+            first,
+            count,
+        })
+    }
+
+    fn free_given_back(&mut self) {
+        let (first, count) = (self.given_back.as_ptr(), self.given_back.len() as u32);
+        if count > 0 {
+            // SAFETY: received from this port on this thread and not freed before.
+            unsafe { (self.library.api().rx_free)(self.raw.as_ptr(), first, count) };
+            self.given_back.clear();
+        }
+    }
+
     fn unmap(&self, region: Arc<Region>) {
         let mut text = abi::Text::EMPTY;
         let (base, len) = (region.as_ptr(), region.len() as u64);
@@ -230,18 +266,8 @@ impl Device for Port {
     }
 
     fn rx_burst(&mut self, on_frame: &mut dyn FnMut(View<'_>)) -> usize {
-        let first = self.received.as_mut_ptr().cast::<abi::RxFrame>();
-        // SAFETY: an open port on its thread; room for a burst.
-        let count =
-            unsafe { (self.library.api().rx_burst)(self.raw.as_ptr(), first, BURST_MAX as u32) };
-        if count == 0 {
+        let Some(burst) = self.receive() else {
             return 0;
-        }
-        let burst = Burst {
-            library: self.library,
-            raw: self.raw,
-            first,
-            count,
         };
         for frame in burst.frames() {
             if frame.data_len != frame.frame_len {
@@ -252,7 +278,53 @@ impl Device for Port {
             // the view cannot outlive this call.
             on_frame(unsafe { View::from_raw(frame.data, frame.data_len as usize) });
         }
-        count as usize
+        burst.count as usize
+    }
+
+    fn keepable(&self) -> u32 {
+        self.kept.most()
+    }
+
+    fn rx_burst_keeping(
+        &mut self,
+        on_frame: &mut dyn FnMut(View<'_>, Option<FrameId>) -> bool,
+    ) -> usize {
+        self.free_given_back();
+        let Some(mut burst) = self.receive() else {
+            return 0;
+        };
+        for frame in burst.frames_mut() {
+            if frame.data_len != frame.frame_len {
+                self.unusable_frames += 1;
+                continue;
+            }
+            // SAFETY: as in `rx_burst`; one that is kept stays ours.
+            let view = unsafe { View::from_raw(frame.data, frame.data_len as usize) };
+            if on_frame(view, self.kept.next()) {
+                self.kept.keep(*frame);
+                frame.mbuf = std::ptr::null_mut();
+            }
+        }
+        burst.count as usize
+    }
+
+    fn kept(&self, frame: FrameId) -> View<'_> {
+        let Some(frame) = self.kept.get(frame) else {
+            return View::default();
+        };
+        // SAFETY: the packet buffer is ours until it is given back, for which
+        // the port must be borrowed anew.
+        unsafe { View::from_raw(frame.data, frame.data_len as usize) }
+    }
+
+    fn give_back(&mut self, frame: FrameId) {
+        let Some(frame) = self.kept.take(frame) else {
+            return;
+        };
+        self.given_back.push(frame);
+        if self.given_back.is_full() {
+            self.free_given_back();
+        }
     }
 
     fn tx_burst(&mut self, frames: &[TxFrame]) -> usize {
@@ -405,6 +477,10 @@ impl Drop for Port {
         if !self.shares_port {
             self.stop();
         }
+        for frame in 0..self.kept.most() {
+            self.give_back(FrameId(frame));
+        }
+        self.free_given_back();
         for region in self.registrations.take() {
             self.unmap(region);
         }
@@ -464,7 +540,7 @@ fn lacks(caps: u64) -> Vec<String> {
 pub(super) struct Burst {
     pub(super) library: Library,
     pub(super) raw: NonNull<abi::Port>,
-    pub(super) first: *const abi::RxFrame,
+    pub(super) first: *mut abi::RxFrame,
     pub(super) count: u32,
 }
 
@@ -472,6 +548,13 @@ impl Burst {
     pub(super) fn frames(&self) -> &[abi::RxFrame] {
         // SAFETY: `rx_burst` wrote that many at `first`, in a box of the port's.
         unsafe { std::slice::from_raw_parts(self.first, self.count as usize) }
+    }
+}
+
+impl Burst {
+    fn frames_mut(&mut self) -> &mut [abi::RxFrame] {
+        // SAFETY: as above; the box is not looked at by anybody else meanwhile.
+        unsafe { std::slice::from_raw_parts_mut(self.first, self.count as usize) }
     }
 }
 

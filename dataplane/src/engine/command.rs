@@ -176,6 +176,10 @@ pub enum FailReason {
     /// The session was closed.
     #[error("the session was closed")]
     Closed,
+    /// A tensor that is read in place was not: its reader had a piece for longer
+    /// than it may.
+    #[error("a piece was read for longer than {0:?}")]
+    Unread(Duration),
     /// The peer stopped answering on this path.
     #[error("the path was lost: {0}")]
     PathLost(String),

@@ -8,6 +8,7 @@
 #![forbid(unsafe_code)]
 
 mod offer;
+mod piece;
 mod queues;
 mod session;
 mod slots;
@@ -29,12 +30,14 @@ use super::{
     Command, Completion, FailReason, IdleSnapshot, OpenError, OperationId, ResentSnapshot,
     RingSnapshot, SealedSnapshot, Status,
 };
-use crate::device::{BURST_MAX, Device, HEAD_MAX, TxFrame};
+use crate::device::{BURST_MAX, Device, FrameId, HEAD_MAX, TxFrame};
 use crate::memory::{Lease, View};
-use session::Session;
+use piece::{Pieces, Returned};
+use session::{Keeping, Session};
 use slots::{Slots, SlotsError};
 
 pub use offer::{Offer, OfferRefused, Offers};
+pub use piece::{InPlace, InPlaceRefused, Piece};
 pub use queues::{QueuesError, spawn_queues};
 pub use thread::{SpawnError, spawn};
 
@@ -55,6 +58,9 @@ pub struct Config {
     /// that a caller drives: an [`Endpoint`](crate::endpoint::Endpoint) has
     /// nowhere to put them, and [`spawn`] grants none.
     pub offers: Offers,
+    /// Frames that tensors may be read in. For engines that a caller drives, like
+    /// the slots: [`spawn`] keeps none.
+    pub in_place: InPlace,
 }
 
 impl Default for Config {
@@ -65,6 +71,7 @@ impl Default for Config {
             liveness: Duration::from_secs(2),
             nice: 10,
             offers: Offers::default(),
+            in_place: InPlace::default(),
         }
     }
 }
@@ -173,6 +180,8 @@ struct Core {
     completions: VecDeque<Completion>,
     /// Small tensors that arrived and are not taken yet; no more than slots.
     offers: VecDeque<Offer>,
+    /// Frames that are read in place; none where nothing can be.
+    pieces: Option<Pieces>,
     /// Frames that belong to no session or are not understood.
     dropped: u64,
     totals: Totals,
@@ -248,7 +257,10 @@ impl<D: Device> Polled<D> {
 
     fn with_status(config: Config, device: D, status: Status) -> Self {
         let link = Link::new(device.capabilities().mac, config.addresses.clone());
+        let InPlace { frames, deadline } = config.in_place;
+        let pieces = (frames > 0).then(|| Pieces::new(device.keepable(), deadline));
         let core = Core {
+            pieces,
             credit: Credit::new(credit(device.capabilities().rx_descriptors)),
             config,
             link,
@@ -326,6 +338,7 @@ impl<D: Device> Polled<D> {
             self.close_all();
         }
         let due = self.handle_timeouts(now);
+        self.take_unread(now);
         self.core.remove_ended(now);
         self.core.balance(now);
         self.publish(now);
@@ -379,6 +392,73 @@ impl<D: Device> Polled<D> {
         }
     }
 
+    /// Expects a tensor of `len` bytes that is read where the device put it: no
+    /// copy is made at this end. Answered by [`Completion::Transferred`] like any
+    /// other transfer, by when all its pieces are there to be polled.
+    ///
+    /// Each piece was verified before it is shown, and again with all others
+    /// when the transfer ends. Where somebody else can write into the device's
+    /// buffers (the process behind a vhost-user or memif socket) what was
+    /// verified can change while it is read; copies do not have that.
+    pub fn receive_in_place(
+        &mut self,
+        session: SessionId,
+        operation: OperationId,
+        transfer: TransferId,
+        len: u64,
+    ) -> Result<(), InPlaceRefused> {
+        let Self { device, core } = self;
+        let wanted = u32::from(core.config.in_place.frames);
+        let taken: u32 = core.sessions.values().map(Session::frames_to_read).sum();
+        let left = device.keepable().saturating_sub(taken);
+        let session = core.sessions.get_mut(&session);
+        let session = session.ok_or(InPlaceRefused::NotOpen)?;
+        core.quiet = false;
+        session.receive_in_place(operation, transfer, len, wanted, left)
+    }
+
+    /// The next piece that arrived of a tensor that is read in place, in any order.
+    pub fn poll_piece(&mut self) -> Option<Piece> {
+        self.core.pieces.as_mut()?.poll()
+    }
+
+    /// The bytes of a piece; none once its deadline is over.
+    pub fn piece(&self, piece: &Piece) -> Option<View<'_>> {
+        let pieces = self.core.pieces.as_ref()?;
+        if !pieces.has(piece) {
+            return None;
+        }
+        self.device.kept(piece.frame()).slice(piece.range())
+    }
+
+    /// Gives the frame of a piece back to the device.
+    pub fn release_piece(&mut self, piece: Piece) {
+        let pieces = self.core.pieces.as_mut();
+        if let Some(returned) = pieces.and_then(|pieces| pieces.release(&piece)) {
+            self.give_back(returned);
+        }
+    }
+
+    fn give_back(&mut self, returned: Returned) {
+        self.core.quiet = false;
+        self.device.give_back(returned.frame);
+        if let Some(session) = self.core.sessions.get_mut(&returned.session) {
+            session.frame_given_back();
+        }
+    }
+
+    /// Takes frames back that were read for too long.
+    fn take_unread(&mut self, now: Time) {
+        let limit = self.core.config.in_place.deadline;
+        let expire = |core: &mut Core| core.pieces.as_mut()?.expire(now);
+        while let Some(returned) = expire(&mut self.core) {
+            if let Some(session) = self.core.sessions.get_mut(&returned.session) {
+                session.frame_unread(returned.transfer, limit);
+            }
+            self.give_back(returned);
+        }
+    }
+
     /// When a timer wants the next [`Polled::turn`], if one runs.
     pub fn next_deadline(&self) -> Option<Time> {
         self.core
@@ -386,6 +466,7 @@ impl<D: Device> Polled<D> {
             .values()
             .filter_map(Session::next_timeout)
             .chain(self.core.releasing.map(|at| at + session::STUCK_LIMIT))
+            .chain(self.core.pieces.as_ref().and_then(Pieces::due))
             .min()
     }
 
@@ -494,7 +575,13 @@ impl<D: Device> Polled<D> {
         // Two bursts, so that acknowledgements are made for more packets at
         // once, but commands and transmission are not kept waiting.
         for _ in 0..2 {
-            let count = device.rx_burst(&mut |frame| core.handle_frame(now, frame));
+            let count = if core.pieces.is_some() {
+                device.rx_burst_keeping(&mut |frame, id| core.handle_frame(now, frame, id))
+            } else {
+                device.rx_burst(&mut |frame| {
+                    core.handle_frame(now, frame, None);
+                })
+            };
             any |= count > 0;
             if count < BURST_MAX {
                 break;
@@ -756,36 +843,60 @@ impl Core {
         });
     }
 
-    fn handle_frame(&mut self, now: Time, frame: View<'_>) {
+    /// Returns whether the frame is to be kept under `id`.
+    fn handle_frame(&mut self, now: Time, frame: View<'_>, id: Option<FrameId>) -> bool {
         let mut head = [0; frame::HEADERS_MAX];
         let have = frame.copy_to(&mut head);
         match frame::parse(&head[..have], frame.len()) {
             Parsed::Datagram(datagram) if self.is_mine(datagram.to) => {
                 let payload = datagram.payload_at..datagram.payload_at + datagram.payload_len;
+                let begin = datagram.payload_at + wire::HEADER_LEN;
                 match frame.slice(payload) {
-                    Some(payload) => self.handle_datagram(now, datagram.from, payload),
+                    Some(payload) => {
+                        return self.handle_datagram(now, datagram.from, payload, (id, begin));
+                    }
                     None => self.dropped += 1,
                 }
             }
             Parsed::Other => self.handle_other(frame),
             Parsed::Datagram(_) | Parsed::Bad => self.dropped += 1,
         }
+        false
     }
 
     fn is_mine(&self, address: SocketAddr) -> bool {
         address.port() == self.config.port && self.link.addresses().contains(&address.ip())
     }
 
-    fn handle_datagram(&mut self, now: Time, from: SocketAddr, datagram: View<'_>) {
+    /// Returns whether the frame is to be kept under `id`; its tensor bytes
+    /// begin at `begin` then.
+    fn handle_datagram(
+        &mut self,
+        now: Time,
+        from: SocketAddr,
+        datagram: View<'_>,
+        (id, begin): (Option<FrameId>, usize),
+    ) -> bool {
         let mut header = [0; wire::HEADER_LEN];
         let have = datagram.copy_to(&mut header);
         let session = wire::peek_session(&header[..have]);
-        match session.and_then(|id| self.sessions.get_mut(&id)) {
-            Some(session) if session.is_from(from) => {
-                session.handle_datagram(now, &header[..have], datagram, &mut self.private);
-            }
-            _ => self.dropped += 1,
-        }
+        let mut keeping = Keeping {
+            is_possible: id.is_some(),
+            segment: None,
+        };
+        let found = session.and_then(|id| Some((id, self.sessions.get_mut(&id)?)));
+        let Some((session, found)) = found.filter(|(_, found)| found.is_from(from)) else {
+            self.dropped += 1;
+            return false;
+        };
+        let private = &mut self.private;
+        found.handle_datagram(now, &header[..have], datagram, private, &mut keeping);
+        let (Some(segment), Some(id), Some(pieces)) = (keeping.segment, id, &mut self.pieces)
+        else {
+            return false;
+        };
+        pieces.keep(now, session, segment, id, begin);
+        true
     }
 
     fn handle_other(&mut self, frame: View<'_>) {

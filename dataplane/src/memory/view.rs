@@ -61,6 +61,26 @@ impl<'a> View<'a> {
         len
     }
 
+    /// Reads all bytes as words, the last filled up with zeros, without copying
+    /// them anywhere first.
+    pub fn fold_words<T>(&self, first: T, mut fold: impl FnMut(T, u64) -> T) -> T {
+        const WORD: usize = size_of::<u64>();
+        let (mut result, whole) = (first, self.len / WORD);
+        for at in 0..whole {
+            let word = self.base.wrapping_add(at * WORD).cast::<u64>();
+            // SAFETY: the word ends at or before `len`, so it is readable by the
+            // type's invariant; it need not be aligned.
+            let word = unsafe { word.read_unaligned() };
+            result = fold(result, u64::from_le(word));
+        }
+        let mut last = [0; WORD];
+        let rest = self.slice(whole * WORD..self.len);
+        match rest.map_or(0, |rest| rest.copy_to(&mut last)) {
+            0 => result,
+            _ => fold(result, u64::from_le_bytes(last)),
+        }
+    }
+
     /// CRC32C of the bytes as they are now.
     pub fn crc32c(&self) -> u32 {
         // SAFETY: readable by the type's invariant.
@@ -92,6 +112,20 @@ impl<'a> From<&'a [u8]> for View<'a> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn all_words_are_read_and_the_last_is_filled_up() {
+        let bytes: Vec<u8> = (0..21).collect();
+        for len in [0, 7, 8, 9, 16, 20] {
+            // Aligned to nothing.
+            let view = View::from(&bytes[1..1 + len]);
+            let mut read = Vec::new();
+            view.fold_words((), |(), word| read.extend(word.to_le_bytes()));
+            let mut padded = bytes[1..1 + len].to_vec();
+            padded.resize(len.next_multiple_of(8), 0);
+            assert_eq!(read, padded);
+        }
+    }
 
     #[test]
     fn slices_stay_inside() {

@@ -3,6 +3,7 @@
 mod defects;
 mod faults;
 mod harness;
+mod in_place;
 mod offers;
 mod polled;
 mod queues;

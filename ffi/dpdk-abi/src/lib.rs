@@ -144,7 +144,7 @@ pub const CAP_RX_SORTS: u64 = 1 << 13;
 /// A received frame. The caller owns the packet buffer until it hands the
 /// frame to [`Api::rx_free`], once, on the thread and port it came from.
 #[repr(C)]
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug)]
 pub struct RxFrame {
     /// The packet buffer; means nothing to the caller.
     pub mbuf: *mut c_void,
@@ -274,7 +274,7 @@ pub struct Api {
     pub port_stopped: unsafe extern "C" fn(*const Port) -> i32,
     /// Receives up to [`BURST_MAX`] frames into an array of that many.
     pub rx_burst: unsafe extern "C" fn(*mut Port, *mut RxFrame, u32) -> u32,
-    /// Gives frames back.
+    /// Gives frames back; those whose packet buffer is null are passed over.
     pub rx_free: unsafe extern "C" fn(*mut Port, *const RxFrame, u32),
     /// Queues up to [`BURST_MAX`] frames; returns how many of the first ones
     /// were taken. A taken frame is sent, or counted in `tx_errors`: what the

@@ -28,17 +28,23 @@ impl Connection {
     /// Of an OFFER, `head` has the payload up to the end of the metadata, and
     /// `place` is given the slot's beginning as the segment's offset
     /// ([`Config::offer_stride`](super::Config::offer_stride)); it writes the *last* bytes of the datagram there.
-    /// Whatever is wrong with a datagram, it is dropped and counted.
-    pub fn handle_datagram(
+    /// Whatever is wrong with a datagram, it is dropped and counted; so is one for
+    /// whose bytes `place` has no room, which then returns none.
+    ///
+    /// Returns whether bytes that `place` wrote were taken for delivered.
+    pub fn handle_datagram<C: Into<Option<u32>>>(
         &mut self,
         now: Time,
         head: &[u8],
         datagram_len: usize,
-        place: impl FnOnce(Option<Segment>) -> u32,
-    ) {
+        place: impl FnOnce(Option<Segment>) -> C,
+    ) -> bool {
+        let before = self.stats.bytes_received;
+        let place = |segment| place(segment).into();
         if let Err(cause) = self.try_handle(now, head, datagram_len, place) {
             self.count_drop(cause);
         }
+        self.stats.bytes_received > before
     }
 
     fn try_handle(
@@ -46,7 +52,7 @@ impl Connection {
         now: Time,
         head: &[u8],
         datagram_len: usize,
-        place: impl FnOnce(Option<Segment>) -> u32,
+        place: impl FnOnce(Option<Segment>) -> Option<u32>,
     ) -> Result<(), DropCause> {
         let (header, payload_crc) = Header::parse(head, datagram_len)?;
         if header.session != self.local {
@@ -108,7 +114,7 @@ impl Connection {
         payload_crc: u32,
         head: &[u8],
         datagram_len: usize,
-        place: impl FnOnce(Option<Segment>) -> u32,
+        place: impl FnOnce(Option<Segment>) -> Option<u32>,
     ) -> Result<(), DropCause> {
         let (transfer, offset, len) = (header.transfer, header.offset, header.payload_len);
         let fin = header.flags & FLAG_FIN != 0;
@@ -125,6 +131,7 @@ impl Connection {
                     offset,
                     len: u32::from(len),
                 }));
+                let crc = crc.ok_or(DropCause::NoRoom)?;
                 if crc != payload_crc {
                     return Err(DropCause::PayloadCheck);
                 }
@@ -137,7 +144,7 @@ impl Connection {
                 // what that packet carried.
                 let crc = match head.get(HEADER_LEN..datagram_len) {
                     Some(payload) => self.config.integrity.checksum(|| wire::crc(payload)),
-                    None => place(None),
+                    None => place(None).ok_or(DropCause::NoRoom)?,
                 };
                 if crc != payload_crc {
                     return Err(DropCause::PayloadCheck);
@@ -167,7 +174,7 @@ impl Connection {
         header: Header,
         payload_crc: u32,
         head: &[u8],
-        place: impl FnOnce(Option<Segment>) -> u32,
+        place: impl FnOnce(Option<Segment>) -> Option<u32>,
     ) -> Result<(), DropCause> {
         let payload = head.get(HEADER_LEN..).ok_or(DropCause::Length)?;
         let payload = &payload[..payload.len().min(header.payload_len.into())];
@@ -185,13 +192,14 @@ impl Connection {
             Verdict::Place(_) if void => self.offered.skip(number),
             Verdict::Place(slot) => {
                 let crc = match len {
-                    0 => 0,
+                    0 => Some(0),
                     _ => place(Some(Segment {
                         transfer,
                         offset: u64::from(slot) * self.config.offer_stride(),
                         len: len as u32,
                     })),
                 };
+                let crc = crc.ok_or(DropCause::NoRoom)?;
                 if crc != offer.digest.0 {
                     return Err(DropCause::PayloadCheck);
                 }

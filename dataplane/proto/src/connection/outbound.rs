@@ -60,7 +60,8 @@ impl Connection {
         let taken_along =
             || self.offering.has_next() && self.may_send() && self.received.run().is_some();
         if self.received.is_due(now) && !taken_along() {
-            let ack = self.received.take_ack(now, self.config.receive_credit);
+            let credit = self.told_credit();
+            let ack = self.received.take_ack(now, credit);
             self.stats.acks_sent += 1;
             return Some(self.bare(now, Body::Ack(ack)));
         }

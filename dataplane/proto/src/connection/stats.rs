@@ -108,6 +108,8 @@ pub enum DropCause {
     OldEpoch,
     /// More answers owed than we keep.
     Overload,
+    /// Data that there is nowhere to keep just now.
+    NoRoom,
     /// The connection is closed.
     Closed,
 }

@@ -22,6 +22,7 @@ use genie_proto::{
 };
 
 use super::offer::{INLINE_MAX, Offer, OfferRefused, Offers, Placed, Sending, Sent};
+use super::piece::{InPlaceRefused, Reader};
 use super::slots::Slots;
 use super::{Remote, Totals};
 use crate::device::{AttachError, Attachment, Capabilities, Device, Payload, TxFrame};
@@ -70,6 +71,8 @@ pub(super) struct Session {
     /// Small tensors under way to the peer, and the slots for those from it.
     offering: Sending,
     offered: Option<Placed>,
+    /// While tensors are read in place.
+    reader: Option<Reader>,
     detaching: Vec<Detaching>,
     /// When there last was a transfer.
     busy: Option<Time>,
@@ -123,11 +126,28 @@ pub(super) struct Own {
 
 struct Incoming {
     operation: OperationId,
-    into: Lease,
+    into: Destination,
     /// Bytes copied out of packets, bad ones included.
     placed: u64,
     /// What it took on other paths.
     before: Cost,
+}
+
+/// What becomes of a transfer's bytes.
+enum Destination {
+    Memory(Lease),
+    /// They stay in the frames. `unread`: a reader had one for longer than this.
+    InPlace {
+        unread: Option<Duration>,
+    },
+}
+
+/// What becomes of a frame that is being looked at.
+pub(super) struct Keeping {
+    /// Whether the device can keep it.
+    pub(super) is_possible: bool,
+    /// What it holds, if it is to be kept.
+    pub(super) segment: Option<Segment>,
 }
 
 struct Outgoing {
@@ -161,9 +181,13 @@ pub(super) struct Copying {
 impl Incoming {
     /// What it took so far, on all paths.
     fn cost(&self, copying: Copying) -> Cost {
+        let copies = match self.into {
+            Destination::Memory(_) => copying.received(self.placed),
+            Destination::InPlace { .. } => copying.received_in_place(self.placed),
+        };
         self.before.plus(Cost {
             retransmits: 0,
-            copies: copying.received(self.placed),
+            copies,
         })
     }
 }
@@ -200,6 +224,13 @@ impl Copying {
     fn received(self, bytes: u64) -> Copies {
         Copies {
             genie: bytes + if self.sealed { bytes } else { 0 },
+            ..self.received_in_place(bytes)
+        }
+    }
+
+    fn received_in_place(self, bytes: u64) -> Copies {
+        Copies {
+            genie: 0,
             driver: if self.driver_rx { bytes } else { 0 },
             kernel: 0,
         }
@@ -281,6 +312,7 @@ impl Session {
             },
             incoming: HashMap::new(),
             outgoing: HashMap::new(),
+            reader: None,
             detaching: Vec::new(),
             busy: None,
             security,
@@ -326,7 +358,7 @@ impl Session {
                     transfer,
                     Incoming {
                         operation,
-                        into,
+                        into: Destination::Memory(into),
                         placed: 0,
                         before: before.unwrap_or_default(),
                     },
@@ -337,6 +369,83 @@ impl Session {
                 refuse(operation, error.to_string(), completions);
             }
         }
+    }
+
+    /// Expects a tensor of `len` bytes that stays in the frames: up to `frames` of
+    /// them, of which `left` are not set aside for other sessions.
+    pub(super) fn receive_in_place(
+        &mut self,
+        operation: OperationId,
+        transfer: TransferId,
+        len: u64,
+        frames: u32,
+        left: u32,
+    ) -> Result<(), InPlaceRefused> {
+        if self.is_ended() || self.connection.is_closed() {
+            return Err(InPlaceRefused::NotOpen);
+        }
+        if self.is_sealed() {
+            return Err(InPlaceRefused::Sealed);
+        }
+        let has_some = self.reader.is_some();
+        if frames == 0 || !has_some && left < frames {
+            let wanted = frames;
+            return Err(InPlaceRefused::NoFrames { wanted, left });
+        }
+        self.connection.receive(transfer, len)?;
+        self.reader
+            .get_or_insert_with(|| Reader::new(frames))
+            .begin();
+        self.tell_room();
+        self.incoming.insert(
+            transfer,
+            Incoming {
+                operation,
+                into: Destination::InPlace { unread: None },
+                placed: 0,
+                before: Cost::default(),
+            },
+        );
+        Ok(())
+    }
+
+    /// Frames set aside for this session's reader.
+    pub(super) fn frames_to_read(&self) -> u32 {
+        self.reader.as_ref().map_or(0, Reader::frames)
+    }
+
+    /// A frame that was kept for this session's reader is the device's again.
+    pub(super) fn frame_given_back(&mut self) {
+        if let Some(reader) = &mut self.reader {
+            reader.give_back();
+            self.tell_room();
+        }
+    }
+
+    /// A reader had a frame of this transfer for longer than it may.
+    pub(super) fn frame_unread(&mut self, transfer: TransferId, limit: Duration) {
+        if let Some(incoming) = self.incoming.get_mut(&transfer)
+            && let Destination::InPlace { unread } = &mut incoming.into
+        {
+            *unread = Some(limit);
+            self.connection.cancel(transfer, false);
+        }
+    }
+
+    fn transfer_read(&mut self, incoming: &Incoming) {
+        if let Destination::InPlace { .. } = incoming.into
+            && let Some(reader) = &mut self.reader
+        {
+            reader.end();
+            self.tell_room();
+        }
+    }
+
+    /// Bounds what the peer may send by the frames that may still be kept.
+    fn tell_room(&mut self) {
+        self.reader.take_if(|reader| reader.is_over());
+        let room = self.reader.as_ref().map_or(u32::MAX, Reader::room);
+        self.connection.set_room(room);
     }
 
     pub(super) fn send(
@@ -455,18 +564,19 @@ impl Session {
         header: &[u8],
         datagram: View<'_>,
         private: &mut [u8],
+        keeping: &mut Keeping,
     ) {
         let Some(security) = &mut self.security else {
             if wire::peek_kind(header) == Some(Kind::Offer) {
                 let mut begin = [0; OFFER_BEGIN];
                 let have = datagram.copy_to(&mut begin);
-                self.handle_opened(now, &begin[..have], datagram);
+                self.handle_opened(now, &begin[..have], datagram, keeping);
             } else if datagram.len() <= DATAGRAM_WHOLE {
                 let mut whole = [0; DATAGRAM_WHOLE];
                 let have = datagram.copy_to(&mut whole);
-                self.handle_opened(now, &whole[..have], datagram);
+                self.handle_opened(now, &whole[..have], datagram, keeping);
             } else {
-                self.handle_opened(now, header, datagram);
+                self.handle_opened(now, header, datagram, keeping);
             }
             return;
         };
@@ -480,18 +590,19 @@ impl Session {
         match security.opener.open(private) {
             Ok(len) => {
                 let opened = &private[..len];
-                self.handle_opened(now, opened, View::from(opened));
+                self.handle_opened(now, opened, View::from(opened), keeping);
             }
             Err(error) => self.connection.handle_dropped(error.into()),
         }
     }
 
     /// `head`: as much of `datagram` as the connection must see.
-    fn handle_opened(&mut self, now: Time, head: &[u8], datagram: View<'_>) {
+    fn handle_opened(&mut self, now: Time, head: &[u8], datagram: View<'_>, keeping: &mut Keeping) {
         let Self {
             connection,
             incoming,
             offered,
+            reader,
             integrity,
             copied_bytes,
             ..
@@ -500,28 +611,45 @@ impl Session {
         let payload = payload.unwrap_or_default();
         let place = |segment: Option<Segment>| {
             let Some(segment) = segment else {
-                return integrity.checksum(|| payload.crc32c());
+                return Some(integrity.checksum(|| payload.crc32c()));
             };
             if segment.transfer.offer_number().is_some() {
                 *copied_bytes += u64::from(segment.len);
                 let offered = offered.as_ref().expect("slots are granted once made");
-                return offered.place(segment, payload, *integrity);
+                return Some(offered.place(segment, payload, *integrity));
             }
             let transfer = incoming
                 .get_mut(&segment.transfer)
                 .expect("the connection places only into transfers it was given");
+            let Destination::Memory(into) = &transfer.into else {
+                let has_room = reader.as_ref().is_some_and(|reader| reader.room() > 0);
+                if !keeping.is_possible || !has_room {
+                    return None;
+                }
+                transfer.placed += payload.len() as u64;
+                keeping.segment = Some(segment);
+                return Some(integrity.checksum(|| payload.crc32c()));
+            };
             transfer.placed += payload.len() as u64;
             *copied_bytes += payload.len() as u64;
             let at = segment.offset as usize;
-            match integrity {
-                Integrity::Digest => transfer.into.place(at, payload),
+            Some(match integrity {
+                Integrity::Digest => into.place(at, payload),
                 Integrity::None => {
-                    transfer.into.write_at(at, payload);
+                    into.write_at(at, payload);
                     0
                 }
-            }
+            })
         };
-        connection.handle_datagram(now, head, datagram.len(), place);
+        let is_taken = connection.handle_datagram(now, head, datagram.len(), place);
+        if !is_taken {
+            keeping.segment = None;
+        } else if keeping.segment.is_some()
+            && let Some(reader) = reader
+        {
+            reader.keep();
+            connection.set_room(reader.room());
+        }
     }
 
     /// Acts on what is due; returns whether something was, and a question for
@@ -744,7 +872,16 @@ impl Session {
         result: impl FnOnce(&Incoming) -> Result<Receipt, FailReason>,
     ) {
         if let Some(incoming) = self.incoming.remove(&transfer) {
-            let result = result(&incoming);
+            let result = match (&incoming.into, result(&incoming)) {
+                (
+                    Destination::InPlace {
+                        unread: Some(limit),
+                    },
+                    Err(FailReason::Cancelled),
+                ) => Err(FailReason::Unread(*limit)),
+                (_, result) => result,
+            };
+            self.transfer_read(&incoming);
             let operation = incoming.operation;
             // The lease goes before anybody is told that it has gone.
             drop(incoming);
@@ -780,7 +917,12 @@ impl Session {
         copying: Copying,
     ) -> Option<Box<Interrupted>> {
         let moved = self.connection.take_incoming(transfer)?;
-        let cost = self.incoming.get(&transfer)?.cost(copying);
+        let incoming = self.incoming.get(&transfer)?;
+        // What was read is nowhere that another path could add to.
+        if let Destination::InPlace { .. } = incoming.into {
+            return None;
+        }
+        let cost = incoming.cost(copying);
         Some(Box::new(Interrupted::Incoming(Partial { moved, cost })))
     }
 

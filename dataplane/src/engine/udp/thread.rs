@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use genie_proto::Time;
 
-use super::{Config, Local, Offers, Polled};
+use super::{Config, InPlace, Local, Offers, Polled};
 use crate::device::{BURST_MAX, Device};
 use crate::endpoint::{Endpoint, EnginePorts, Running};
 use crate::engine::idle::{Bed, Idle, Rest};
@@ -58,6 +58,7 @@ where
         };
         let config = Config {
             offers: Offers::default(),
+            in_place: InPlace::default(),
             ..config
         };
         let engine = Polled::with_status(config, device, engine_status);
