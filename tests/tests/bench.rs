@@ -168,6 +168,33 @@ fn round_trips_on_the_engines_own_thread_are_measured_beside_the_raw_devices() {
 }
 
 #[test]
+fn what_is_read_in_place_is_what_was_sent() {
+    let output = bench(&format!(
+        "--json --spawn --transport dpdk --hot --op in-place --block-size 100,3m --batch-size 3 \
+         --baseline none {SHORT}"
+    ));
+    let report: Value = serde_json::from_str(&output.stdout).expect("--json prints JSON");
+    let rows = report["rows"].as_array().unwrap();
+    let reason = rows[0]["error"].as_str().unwrap_or_default();
+    if reason.contains("libgenie_dpdk") || reason.contains("libdpdk") {
+        println!("skipped: {reason}");
+        return;
+    }
+    assert!(output.status.success(), "{}", output.stderr);
+    assert_eq!(rows.len(), 2, "{report}");
+    for (row, size) in rows.iter().zip([100, 3 << 20]) {
+        let name = format!("dpdk(polled) in-place hot {size}");
+        assert_eq!((&row["name"], &row["error"]), (&name.into(), &Value::Null));
+        assert_eq!(row["verified"], true, "{row}");
+        assert!(number(row, "gb_per_s") > 0.0);
+        assert_quantiles(row);
+    }
+    let refused = bench(&format!("--spawn --transport tcp --op in-place {SHORT}"));
+    assert!(!refused.status.success());
+    assert!(refused.stderr.contains("local pair"), "{}", refused.stderr);
+}
+
+#[test]
 fn a_rate_is_kept_and_latency_counts_from_when_a_block_was_due() {
     let is_kept = || {
         let report = report(

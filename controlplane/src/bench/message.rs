@@ -100,6 +100,22 @@ pub enum Request {
         /// Whether blocks are under checksums.
         integrity: Integrity,
     },
+    /// Read blocks in the frames they come in, with an engine of the peer's own
+    /// thread; [`Reply::Polled`], and [`Reply::Read`] at the end.
+    PolledRead {
+        /// The pair's socket.
+        device: String,
+        /// Where the measuring process's engine is.
+        local: udp::Local,
+        /// What it calls the session.
+        session: SessionId,
+        /// Bytes of a block.
+        block_size: u64,
+        /// Blocks in flight at a time.
+        batch: usize,
+        /// Whether blocks are under checksums.
+        integrity: Integrity,
+    },
     /// The end.
     Bye,
 }
@@ -142,6 +158,8 @@ pub enum Reply {
     Driver(String),
     /// An engine that its own thread drives, and its name of the session.
     Polled(udp::Local, SessionId),
+    /// The driver of the end that read blocks, and the sum of all their words.
+    Read(String, u64),
     /// What became of bare frames.
     Frames(Received),
 }

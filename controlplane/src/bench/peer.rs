@@ -17,12 +17,12 @@ use super::channel::Channel;
 use super::environment::cpu_time;
 use super::genie::open_path;
 use super::message::{Reply, Request, Usage};
-use super::polled::End;
+use super::polled::{in_place, pingpong};
 use super::pool::{Layout, Pool};
 use super::window::Window;
 
 /// What must be equal at both ends.
-pub const VERSION: &str = concat!("genie bench 4, genie ", env!("CARGO_PKG_VERSION"));
+pub const VERSION: &str = concat!("genie bench 5, genie ", env!("CARGO_PKG_VERSION"));
 
 /// How long the measuring process may be silent: it may run a row of any length.
 const PATIENCE: Duration = Duration::from_secs(3600);
@@ -183,11 +183,26 @@ impl Peer {
                 block_size,
                 integrity,
             } => {
-                let mut end = End::open(&device, block_size)?;
+                let mut end = pingpong::open(&device)?;
                 let (ours, name) = end.local();
                 self.channel.send(&Reply::Polled(ours, name))?;
                 end.connect(local, session, integrity)?;
-                Ok(Reply::Driver(end.pong()?))
+                Ok(Reply::Driver(pingpong::pong(end, block_size)?))
+            }
+            Request::PolledRead {
+                device,
+                local,
+                session,
+                block_size,
+                batch,
+                integrity,
+            } => {
+                let mut end = in_place::open(&device)?;
+                let (ours, name) = end.local();
+                self.channel.send(&Reply::Polled(ours, name))?;
+                end.connect(local, session, integrity)?;
+                let (driver, sum) = in_place::read(end, block_size, batch)?;
+                Ok(Reply::Read(driver, sum))
             }
             Request::Bye => Ok(Reply::Done),
         }

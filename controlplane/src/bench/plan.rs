@@ -13,7 +13,7 @@ use genie_dataplane::memory::accelerator::MemoryKind;
 use super::BenchError;
 use super::baseline::{self, Baseline};
 use super::carriers::Kind;
-use super::polled;
+use super::polled::pingpong;
 use crate::security::DataSecurity;
 use crate::units::{parse_bytes, parse_duration};
 
@@ -22,6 +22,9 @@ const ONE_SIDED_BYTES: u64 = 1 << 20;
 
 /// The largest of the default's ping-pongs that engines without threads carry.
 const PAGE_BYTES: u64 = 4 << 10;
+
+/// The size that is read in place by default.
+const IN_PLACE_BYTES: u64 = 16 << 20;
 
 /// What is done with blocks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -34,6 +37,9 @@ pub enum Op {
     Read,
     /// One-sided, into a window of the other agent's
     Write,
+    /// From here to the other process, which reads them in the frames they come
+    /// in: engines on the measuring threads, over the local pair
+    InPlace,
 }
 
 /// Whether tensors are checked end to end.
@@ -294,17 +300,14 @@ impl BenchArgs {
             ([], false) => &[Op::Send, Op::Pingpong],
             (asked, _) => asked,
         };
-        let memory: &[bool] = match (self.cold, self.hot) {
-            (true, _) => &[true],
-            (_, true) => &[false],
-            // Cold is what a transfer of a model is; hot is what others quote.
-            _ if self.quick => &[true],
-            _ => &[true, false],
-        };
+        let memory = self.temperatures();
         let mut rows = Vec::new();
         for op in ops {
             for (index, block_size) in sizes.iter().enumerate() {
                 let by_default = self.op.is_empty();
+                if *op == Op::InPlace {
+                    continue;
+                }
                 if *op == Op::Pingpong {
                     // A ping-pong of large blocks measures what send does.
                     if !by_default || index == 0 {
@@ -331,27 +334,56 @@ impl BenchArgs {
         rows
     }
 
-    /// Ping-pongs of engines without threads: what fits one packet, and by
-    /// default the smallest size and 4 KiB.
+    /// Rows of engines without threads. Ping-pongs: what fits one packet, and by
+    /// default the smallest size and 4 KiB. Read in place: by default one size.
     fn polled_rows(&self, sizes: &[u64]) -> Vec<PlannedRow> {
         let by_default = self.op.is_empty();
-        let here = self.place.spawn && self.dpdk_device.is_none() && self.threads == 1;
-        let wanted = by_default || self.op.contains(&Op::Pingpong);
+        let wanted = |op| by_default || self.op.contains(&op);
         let plain = self.data_security.contains(&DataSecurity::Plain);
-        if !here || !wanted || !plain || self.only_agents() {
+        if !self.has_own_pair() || !plain {
             return Vec::new();
         }
-        let sizes = sizes.iter().copied().enumerate();
-        let sizes = sizes.filter(|(index, size)| {
-            *size <= polled::BLOCK_MAX && (!by_default || *index == 0 || *size == PAGE_BYTES)
-        });
-        let row = |(_, block_size)| PlannedRow {
-            op: Op::Pingpong,
-            block_size,
-            batch_size: 1,
-            cold: false,
-        };
-        sizes.map(row).collect()
+        let mut rows = Vec::new();
+        for (index, &block_size) in sizes.iter().enumerate() {
+            let usual = index == 0 || block_size == PAGE_BYTES;
+            let fits = block_size <= pingpong::BLOCK_MAX;
+            if wanted(Op::Pingpong) && fits && (!by_default || usual) {
+                rows.push(PlannedRow {
+                    op: Op::Pingpong,
+                    block_size,
+                    batch_size: 1,
+                    cold: false,
+                });
+            }
+        }
+        for &block_size in sizes {
+            if wanted(Op::InPlace) && (!by_default || block_size == IN_PLACE_BYTES) {
+                rows.extend(self.temperatures().iter().map(|cold| PlannedRow {
+                    op: Op::InPlace,
+                    block_size,
+                    batch_size: self.batch_size.into(),
+                    cold: *cold,
+                }));
+            }
+        }
+        rows
+    }
+
+    /// Whether two engines of the measuring threads can have the local pair.
+    fn has_own_pair(&self) -> bool {
+        let alone = self.dpdk_device.is_none() && self.threads == 1;
+        self.place.spawn && alone && !self.only_agents()
+    }
+
+    /// Whether buffers are cold, each that is to be measured.
+    fn temperatures(&self) -> &'static [bool] {
+        match (self.cold, self.hot) {
+            (true, _) => &[true],
+            (_, true) => &[false],
+            // Cold is what a transfer of a model is; hot is what others quote.
+            _ if self.quick => &[true],
+            _ => &[true, false],
+        }
     }
 
     /// Whether no row can be carried by engines alone.
@@ -375,6 +407,14 @@ impl BenchArgs {
             return Err(BenchError::Usage(
                 "--data-security aead is measured between engines: --transport tcp, dpdk, or \
                  mem with --in-process"
+                    .into(),
+            ));
+        }
+        let has_dpdk = self.transport.is_empty() || self.transport.contains(&Kind::Dpdk);
+        if self.op.contains(&Op::InPlace) && !(has_dpdk && self.has_own_pair()) {
+            return Err(BenchError::Usage(
+                "--op in-place is measured over the local pair: --spawn --transport dpdk, with \
+                 one thread"
                     .into(),
             ));
         }

@@ -538,6 +538,7 @@ fn op_name(op: Op) -> &'static str {
         Op::Pingpong => "pingpong",
         Op::Read => "read",
         Op::Write => "write",
+        Op::InPlace => "in-place",
     }
 }
 

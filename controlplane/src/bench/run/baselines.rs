@@ -83,7 +83,7 @@ impl Bench<'_> {
             // Beside what moves one way, whoever asked for it, is a bare send.
             let op = match row.op {
                 Op::Pingpong => Op::Pingpong,
-                Op::Send | Op::Read | Op::Write => Op::Send,
+                Op::Send | Op::Read | Op::Write | Op::InPlace => Op::Send,
             };
             let row = PlannedRow { op, ..*row };
             if !rows.contains(&row) {

@@ -3,13 +3,16 @@
 use genie_dataplane::Integrity;
 
 use super::baselines::pair_of;
-use super::{Bench, op_name};
+use super::{Bench, op_name, temperature};
 use crate::bench::BenchError;
 use crate::bench::genie::{ask, unexpected};
-use crate::bench::measure::{self, Workload};
+use crate::bench::measure::{self, Carrier, Workload};
 use crate::bench::message::{Reply, Request};
-use crate::bench::plan::PlannedRow;
-use crate::bench::polled::{End, Ping};
+use crate::bench::other::Other;
+use crate::bench::plan::{Op, PlannedRow};
+use crate::bench::polled::pingpong::{self, Ping};
+use crate::bench::polled::{End, in_place};
+use crate::bench::pool::Pool;
 use crate::bench::report::Row;
 
 impl Bench<'_> {
@@ -20,19 +23,25 @@ impl Bench<'_> {
                 Integrity::Digest => "",
                 Integrity::None => "no-digest ",
             };
+            let (op, temperature) = (op_name(row.op), temperature(row.cold));
             let described = Row {
-                name: format!("dpdk(polled) pingpong hot {digest}{}", row.block_size),
-                op: op_name(row.op).into(),
+                name: format!("dpdk(polled) {op} {temperature} {digest}{}", row.block_size),
+                op: op.into(),
                 transport: "dpdk".into(),
+                cold: row.cold,
                 block_size: row.block_size,
-                batch_size: 1,
+                batch_size: row.batch_size,
                 threads: Some(1),
                 digest: Some(self.plan.integrity == Integrity::Digest),
                 reasons: vec!["dpdk: each engine on the thread that waits for it".into()],
                 ..Row::default()
             };
             self.progress.set_message(described.name.clone());
-            match self.measure_polled_row(described.clone(), &row) {
+            let measured = match row.op {
+                Op::InPlace => self.measure_in_place(described.clone(), &row),
+                _ => self.measure_pingpong(described.clone(), &row),
+            };
+            match measured {
                 Ok(measured) => self.report.rows.push(measured),
                 Err(error) => {
                     let asked = self.plan.kinds_asked;
@@ -43,11 +52,11 @@ impl Bench<'_> {
         }
     }
 
-    fn measure_polled_row(&self, described: Row, row: &PlannedRow) -> Result<Row, BenchError> {
+    fn measure_pingpong(&self, described: Row, row: &PlannedRow) -> Result<Row, BenchError> {
         let mut other = self.connect()?;
         let device = pair_of(&other)?;
         let integrity = self.plan.integrity;
-        let mut end = End::open(&device, row.block_size)?;
+        let mut end = pingpong::open(&device)?;
         let (local, session) = end.local();
         let request = Request::PolledPong {
             device,
@@ -56,25 +65,9 @@ impl Bench<'_> {
             block_size: row.block_size,
             integrity,
         };
-        let (local, session) = match ask(&mut other.channel, &request)? {
-            Reply::Polled(local, session) => (local, session),
-            reply => return Err(unexpected(reply)),
-        };
-        let theirs = local.driver.clone();
-        end.connect(local, session, integrity)?;
-        let mut ping = Ping::new(end);
-        let work = Workload {
-            rate: None,
-            ..self.workload(row)
-        };
-        let warmup = Workload {
-            duration: self.plan.warmup,
-            ..work.clone()
-        };
-        measure::run(&mut ping, &warmup)?;
-        let mut measured = self.measure_carrier(&mut ping, described, &work)?;
-        // Of the other end, which polls as well, nobody is asked meanwhile.
-        measured.cpu_s_per_gb = None;
+        let theirs = self.join(&mut other, &request, &mut end)?;
+        let mut ping = Ping::new(end, row.block_size)?;
+        let mut measured = self.measure_alone(&mut ping, described, row)?;
         measured.device = Some(format!("{} → {theirs}", ping.driver()));
         // Every block's digest was compared with that of what came back.
         measured.verified = integrity == Integrity::Digest;
@@ -83,5 +76,76 @@ impl Bench<'_> {
             Reply::Driver(_) => Ok(measured),
             reply => Err(unexpected(reply)),
         }
+    }
+
+    fn measure_in_place(&mut self, described: Row, row: &PlannedRow) -> Result<Row, BenchError> {
+        let layout = self.next_layout(row);
+        let pool = Pool::new(layout.bytes(), self.plan.memory)?;
+        pool.fill(&layout);
+        let mut other = self.connect()?;
+        let device = pair_of(&other)?;
+        let integrity = self.plan.integrity;
+        let mut end = in_place::open(&device)?;
+        let (local, session) = end.local();
+        let request = Request::PolledRead {
+            device,
+            local,
+            session,
+            block_size: row.block_size,
+            batch: row.batch_size,
+            integrity,
+        };
+        let theirs = self.join(&mut other, &request, &mut end)?;
+        let memory = pool.pages();
+        let mut sender = in_place::Sender::new(end, pool, layout, row.batch_size);
+        let mut measured = self.measure_alone(&mut sender, described, row)?;
+        measured.device = Some(format!("{} → {theirs}", sender.driver()));
+        measured.memory = Some(memory.into());
+        let sent = sender.close()?;
+        match other.channel.receive(std::time::Duration::from_secs(10))? {
+            Reply::Read(_, read) => {
+                measured.verified = read == sent;
+                Ok(measured)
+            }
+            reply => Err(unexpected(reply)),
+        }
+    }
+
+    /// Has the other process open its end and opens the path; returns its driver.
+    fn join(
+        &self,
+        other: &mut Other,
+        request: &Request,
+        end: &mut End,
+    ) -> Result<String, BenchError> {
+        let (local, session) = match ask(&mut other.channel, request)? {
+            Reply::Polled(local, session) => (local, session),
+            reply => return Err(unexpected(reply)),
+        };
+        let theirs = local.driver.clone();
+        end.connect(local, session, self.plan.integrity)?;
+        Ok(theirs)
+    }
+
+    /// Measures a carrier that polls on this thread.
+    fn measure_alone(
+        &self,
+        carrier: &mut dyn Carrier,
+        described: Row,
+        row: &PlannedRow,
+    ) -> Result<Row, BenchError> {
+        let work = Workload {
+            rate: None,
+            ..self.workload(row)
+        };
+        let warmup = Workload {
+            duration: self.plan.warmup,
+            ..work.clone()
+        };
+        measure::run(carrier, &warmup)?;
+        let mut measured = self.measure_carrier(carrier, described, &work)?;
+        // Of the other end, which polls as well, nobody is asked meanwhile.
+        measured.cpu_s_per_gb = None;
+        Ok(measured)
     }
 }
