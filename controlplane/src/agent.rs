@@ -414,7 +414,7 @@ fn start_dpdk(
     }
     // Looked for first: without it the pages do not matter.
     dpdk::load().map_err(|error| show_chain(&error))?;
-    let options = dpdk::Options::with_queues(config.queues);
+    let options = dpdk::Options::sized(config.queues, config.dpdk_mtu);
     check_huge_pages(u64::from(options.memory_mib) << 20)?;
     let engine = udp::Config {
         addresses: config.dpdk_addresses.clone(),

@@ -118,6 +118,9 @@ pub struct AgentArgs {
     /// Queues of the DPDK device, with an engine each that polls on a thread of its own [default: 1]
     #[arg(long, value_name = "N", env = "GENIE_QUEUES", value_parser = clap::value_parser!(u16).range(1..=QUEUES_MAX as i64))]
     pub queues: Option<u16>,
+    /// Largest IP packet on the DPDK device, in bytes, as far as it and its link carry that [default: 9000]
+    #[arg(long, value_name = "BYTES", env = "GENIE_DPDK_MTU", value_parser = clap::value_parser!(u16).range(DPDK_MTU))]
+    pub dpdk_mtu: Option<u16>,
     /// Address of this node on the DPDK device's link; may be repeated
     #[arg(
         long,
@@ -222,6 +225,8 @@ pub struct Config {
     pub tap: Option<tap::Options>,
     /// Queues of it.
     pub queues: u16,
+    /// Largest IP packet on it, in bytes.
+    pub dpdk_mtu: u16,
     /// Addresses on its link.
     pub dpdk_addresses: Vec<IpAddr>,
     /// Accelerators.
@@ -332,6 +337,7 @@ struct File {
     tap_snap: Option<Number>,
     tap_bytes: Option<Number>,
     queues: Option<u16>,
+    dpdk_mtu: Option<u16>,
     dpdk_address: Option<OneOrMore>,
     accelerator: Option<OneOrMore>,
     peer: BTreeMap<String, String>,
@@ -362,7 +368,11 @@ struct File {
 /// Each has an engine that polls, and a ring toward every other.
 const QUEUES_MAX: u16 = 32;
 
-const KEYS: [&str; 37] = [
+/// From what every IPv4 host takes (RFC 791) to what a packet buffer of DPDK's
+/// has room for.
+const DPDK_MTU: std::ops::RangeInclusive<i64> = 576..=65_000;
+
+const KEYS: [&str; 38] = [
     "name",
     "listen",
     "data",
@@ -375,6 +385,7 @@ const KEYS: [&str; 37] = [
     "tap-snap",
     "tap-bytes",
     "queues",
+    "dpdk-mtu",
     "dpdk-address",
     "accelerator",
     "peer",
@@ -622,6 +633,7 @@ impl Config {
             dpdk_device: args.dpdk_device.or(file.dpdk_device),
             tap,
             queues: args.queues.or(file.queues).unwrap_or(1),
+            dpdk_mtu: args.dpdk_mtu.or(file.dpdk_mtu).unwrap_or(9000),
             dpdk_addresses,
             accelerators,
             peers,
@@ -680,6 +692,13 @@ impl Config {
             return value(
                 "queues",
                 format!("{} is not between 1 and {QUEUES_MAX}", self.queues),
+            );
+        }
+        if !DPDK_MTU.contains(&self.dpdk_mtu.into()) {
+            let (least, most) = (DPDK_MTU.start(), DPDK_MTU.end());
+            return value(
+                "dpdk-mtu",
+                format!("{} is not between {least} and {most}", self.dpdk_mtu),
             );
         }
         for name in self.access.allowed.iter().chain(self.access.rights.keys()) {
@@ -974,6 +993,7 @@ mod tests {
     fn values_that_cannot_be_are_named() {
         assert!(refusal("streams = 'four'").contains("streams"));
         assert!(refusal("streams = 0").contains("between 1 and"));
+        assert!(refusal("dpdk-mtu = 65001").contains("between 576 and 65000"));
         assert!(refusal("queues = 33").contains("between 1 and 32"));
         assert!(refusal("liveness = '2 weeks'").contains("liveness"));
         assert!(refusal("stall = 'never'").contains("stall"));

@@ -155,7 +155,8 @@ impl Hosts {
         hosts
     }
 
-    /// An agent on one of them, with a device on the data link.
+    /// An agent on one of them, with a device on the data link, and the flags
+    /// behind it.
     fn agent(&self, folder: &Path, host: usize, device: &str, more: &[&str]) -> Agent {
         let mut command = Command::new("ip");
         clean(&mut command);
@@ -167,8 +168,9 @@ impl Hosts {
         let data = format!("--data=10.79.0.{number}:0");
         let address = format!("--dpdk-address=10.80.0.{number}");
         let device = format!("--dpdk-device=vdev:{device}");
-        let flags = ["--allow-unauthenticated", &listen, &data, &address, &device];
-        Agent::start_from(command, folder, name, &[&flags[..], more].concat())
+        let flags = ["--allow-unauthenticated", &listen, &data, &address];
+        let device: Vec<_> = device.split(' ').collect();
+        Agent::start_from(command, folder, name, &[&flags[..], &device, more].concat())
     }
 }
 
@@ -225,6 +227,12 @@ fn two_agents_over_af_packet_on_an_ordinary_link() {
 fn two_agents_over_af_packet_with_frames_of_9000_bytes() {
     let device = "net_af_packet0,iface=data";
     between_hosts("jumbo", 9000, device, ("net_af_packet", 9000), |_| {});
+}
+
+#[test]
+fn two_agents_over_af_packet_with_longer_frames_where_they_are_asked_for() {
+    let device = "net_af_packet0,iface=data --dpdk-mtu=20000";
+    between_hosts("long", 20_000, device, ("net_af_packet", 20_000), |_| {});
 }
 
 #[test]

@@ -216,10 +216,7 @@ pub fn poll<F: Future + Unpin>(future: &mut F) -> Option<F::Output> {
 
 /// How DPDK is brought up: on huge pages if there are enough for two processes.
 pub fn dpdk_options(mtu: u16) -> dpdk::Options {
-    let options = dpdk::Options {
-        mtu,
-        ..dpdk::Options::default()
-    };
+    let options = dpdk::Options::sized(1, mtu);
     let free = super::environment::free_hugepages() << 21;
     let wanted = 2 * (u64::from(options.memory_mib) << 20);
     dpdk::Options {

@@ -41,9 +41,14 @@ pub struct Options {
     pub peer_limit: Duration,
 }
 
-/// Two pools of 9 KiB buffers come to 60 MiB for each queue, virtio's own memory
-/// to a few for all.
-const QUEUE_MIB: u32 = 64;
+/// The largest IP packet, where nothing else is said.
+const MTU: u16 = 9000;
+
+/// MiB of each queue: two pools of 9 KiB buffers come to 60, longer ones to more;
+/// virtio's own memory to a few for all.
+fn queue_mib(mtu: u16) -> u32 {
+    4 + (60 * u32::from(mtu)).div_ceil(MTU.into()).max(60)
+}
 
 /// Packet buffers of each pool beyond those that the rings hold.
 pub(super) const SPARE_MBUFS: u32 = 1024;
@@ -51,10 +56,10 @@ pub(super) const SPARE_MBUFS: u32 = 1024;
 impl Default for Options {
     fn default() -> Self {
         Self {
-            memory_mib: 2 * QUEUE_MIB,
+            memory_mib: 2 * queue_mib(MTU),
             no_huge: false,
             pci: Vec::new(),
-            mtu: 9000,
+            mtu: MTU,
             rx_descriptors: 1024,
             tx_descriptors: 1024,
             queues: 1,
@@ -66,10 +71,11 @@ impl Default for Options {
 }
 
 impl Options {
-    /// The default ones, for so many queues.
-    pub fn with_queues(queues: u16) -> Self {
+    /// The default ones, for so many queues and packets of up to `mtu` bytes.
+    pub fn sized(queues: u16, mtu: u16) -> Self {
         Self {
-            memory_mib: (u32::from(queues) + 1) * QUEUE_MIB,
+            memory_mib: (u32::from(queues) + 1) * queue_mib(mtu),
+            mtu,
             queues,
             ..Self::default()
         }

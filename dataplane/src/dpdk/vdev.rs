@@ -21,6 +21,12 @@ const PACKET_MMAP_HEADER: u16 = 66;
 const LONG_FRAMES: &str = "framesz=9216,blocksz=36864,framecnt=512";
 const LONG_FRAME: u16 = 9216;
 
+/// For frames beyond that: one fills a block. The longest is the most that a
+/// length of 16 bits can say in whole pages.
+const PAGE: u16 = 4096;
+const LONGEST_FRAME: u16 = 15 * PAGE;
+const LONGEST_FRAMES: u16 = 256;
+
 /// The longest frame of af_xdp: one page, less what kernel and DPDK keep of it.
 const AF_XDP_FRAME: u16 = 3400;
 
@@ -63,6 +69,15 @@ pub(super) fn complete(
         let said = ["framesz", "blocksz", "framecnt"];
         return match number("framesz") {
             Some(frame) => (devargs.into(), wanted.min(holds(frame))),
+            None if wanted > holds(LONG_FRAME)
+                && said.iter().all(|key| argument(key).is_none()) =>
+            {
+                let headers = PACKET_MMAP_HEADER + ETHERNET_HEADER;
+                let pages = wanted.saturating_add(headers).div_ceil(PAGE);
+                let frame = pages.min(LONGEST_FRAME / PAGE) * PAGE;
+                let frames = format!("framesz={frame},blocksz={frame},framecnt={LONGEST_FRAMES}");
+                (format!("{devargs},{frames}"), wanted.min(holds(frame)))
+            }
             None if wanted > holds(DEFAULT_BUFFER)
                 && said.iter().all(|key| argument(key).is_none()) =>
             {
@@ -118,12 +133,17 @@ mod tests {
     use super::*;
 
     fn completed(devargs: &str) -> (String, u16) {
+        completed_to(devargs, 9000)
+    }
+
+    fn completed_to(devargs: &str, mtu: u16) -> (String, u16) {
         let link = |name: &str| match name {
             "jumbo0" => Some(9000),
             "eth0" => Some(1500),
+            "long0" => Some(u16::MAX),
             _ => None,
         };
-        complete(devargs, 9000, link)
+        complete(devargs, mtu, link)
     }
 
     #[test]
@@ -149,6 +169,25 @@ mod tests {
         let (devargs, mtu) = completed("net_af_packet0,iface=jumbo0");
         assert!(devargs.ends_with(LONG_FRAMES), "{devargs}");
         assert_eq!(mtu, 9000);
+    }
+
+    #[test]
+    fn frames_are_longer_where_that_is_asked_for() {
+        let said = |devargs: &str, mtu| completed_to(devargs, mtu);
+        let (devargs, mtu) = said("net_memif0,id=1", 65_000);
+        assert_eq!(
+            (devargs, mtu),
+            ("net_memif0,id=1,bsize=65024".into(), 65_000)
+        );
+        assert_eq!(said("net_memif0,bsize=32768", 65_000).1, 32_754);
+        let (devargs, mtu) = said("net_af_packet0,iface=long0", 16_000);
+        let expected = "net_af_packet0,iface=long0,framesz=16384,blocksz=16384,framecnt=256";
+        assert_eq!((devargs.as_str(), mtu), (expected, 16_000));
+        let (devargs, mtu) = said("net_af_packet0,iface=long0", 65_000);
+        assert!(devargs.contains("framesz=61440,blocksz=61440"), "{devargs}");
+        assert_eq!(mtu, 61_360);
+        assert_eq!(said("net_af_packet0,iface=jumbo0", 65_000).1, 9000);
+        assert_eq!(said("net_null0", 65_000).1, 65_000);
     }
 
     #[test]
