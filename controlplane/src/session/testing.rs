@@ -17,7 +17,7 @@ pub(crate) fn node() -> Arc<Node> {
         name: "a".into(),
         preference: crate::transport::Preference::default(),
         data_security: Default::default(),
-        liveness: Duration::from_millis(50),
+        liveness: Duration::from_millis(250),
         stall: STALL,
         transports: Default::default(),
         store_bytes: 1 << 20,
