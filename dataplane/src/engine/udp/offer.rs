@@ -25,6 +25,9 @@ const _: () = assert!(
         <= HEAD_MAX
 );
 
+/// The most slots that the protocol can grant.
+pub(super) const SLOTS_MAX: u16 = 1024;
+
 /// What a session's peer may send unasked.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Offers {

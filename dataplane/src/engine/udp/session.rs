@@ -21,7 +21,7 @@ use genie_proto::{
     connection, wire,
 };
 
-use super::offer::{INLINE_MAX, Offer, OfferRefused, Offers, Placed, Sending, Sent};
+use super::offer::{INLINE_MAX, Offer, OfferRefused, Offers, Placed, SLOTS_MAX, Sending, Sent};
 use super::piece::{InPlaceRefused, Reader};
 use super::slots::Slots;
 use super::{Remote, Totals};
@@ -282,19 +282,21 @@ impl Session {
         } else {
             0
         };
+        let datagram_max = frame::udp_payload_max(mtu, opening.peer.ip()).saturating_sub(tag);
+        let slots = own.offers.slots.min(SLOTS_MAX);
         let config = connection::Config {
-            datagram_max: frame::udp_payload_max(mtu, opening.peer.ip()).saturating_sub(tag),
+            datagram_max,
             receive_credit: u32::from(own.credit),
             remote_credit: u32::from(remote.local.credit),
             idle_limit: opening.limit,
             idle_probe: Some(opening.limit / 2),
             integrity: own.integrity,
-            offers: own.offers.slots,
-            offer_len_max: own.offers.len_max,
+            offers: slots,
+            offer_len_max: own.offers.len_max.min(datagram_max.into()),
             seed: fastrand::u64(..),
             ..connection::Config::default()
         };
-        let offered = match own.offers.slots {
+        let offered = match slots {
             0 => None,
             slots => Some(Placed::new(slots, config.offer_stride())?),
         };
