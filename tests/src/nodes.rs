@@ -66,6 +66,8 @@ pub struct Setup {
     pub stall: Duration,
     /// Limit of each store.
     pub store_bytes: u64,
+    /// Transfers that a peer may have under way.
+    pub peer_transfers: u64,
     /// Whether they may pass each other memory, too.
     pub shm: bool,
     /// Whether they have credentials and demand that tensors are sealed.
@@ -79,6 +81,7 @@ impl Default for Setup {
             liveness: Duration::from_secs(1),
             stall: Duration::from_secs(30),
             store_bytes: 2 << 30,
+            peer_transfers: 2048,
             shm: false,
             sealed: false,
         }
@@ -262,7 +265,7 @@ async fn start(
         },
         peer_limits: PeerLimits {
             memory: setup.store_bytes,
-            transfers: 2048,
+            transfers: setup.peer_transfers,
             rate: 100_000,
             sessions: 64,
         },

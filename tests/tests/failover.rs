@@ -299,6 +299,9 @@ fn put_and_stop_shm(sources: &[Source], delay: Duration) -> (u64, u64) {
     let nodes = Nodes::start(&Setup {
         preference: "shm,tcp",
         shm: true,
+        // So that there is a middle where one processor does it all: tensor by
+        // tensor, not each step of all of them in turn.
+        peer_transfers: 4,
         ..Setup::default()
     });
     nodes.runtime.block_on(nodes.a.session("b")).unwrap();
