@@ -124,7 +124,10 @@ impl Offering {
     }
 
     pub(super) fn has_next(&self) -> bool {
-        !self.again.is_empty() || self.next < self.first + self.kept.len() as u64
+        // What was lost may have arrived after all.
+        let mut lost = self.again.iter();
+        lost.any(|number| self.place(*number).is_some())
+            || self.next < self.first + self.kept.len() as u64
     }
 
     /// The next one to send: what was lost first.
@@ -217,11 +220,16 @@ impl Offering {
             .filter_map(move |(kept, number)| under_way(&kept).then(|| failed(number, reason)))
     }
 
+    /// Where one is kept that did not arrive.
+    fn place(&self, number: u64) -> Option<usize> {
+        let at = usize::try_from(number.checked_sub(self.first)?).ok()?;
+        (self.kept.get(at)?.state != State::Over).then_some(at)
+    }
+
     /// One that did not arrive.
     fn find(&mut self, number: u64) -> Option<&mut Kept> {
-        let at = usize::try_from(number.checked_sub(self.first)?).ok()?;
-        let kept = self.kept.get_mut(at)?;
-        (kept.state != State::Over).then_some(kept)
+        let at = self.place(number)?;
+        self.kept.get_mut(at)
     }
 }
 
@@ -230,5 +238,30 @@ fn failed(number: u64, reason: FailReason) -> Event {
         transfer: TransferId::of_offer(number),
         outgoing: true,
         reason,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_lost_and_arrived_after_all_is_not_to_be_sent() {
+        let mut offering = Offering::default();
+        offering.handle_granted(2, Some(64));
+        for number in 0..2 {
+            offering.begin(8, Metadata::new());
+            assert_eq!(offering.next().expect("it was begun").number, number);
+            offering.record(number, Digest(7));
+        }
+        assert!(!offering.has_next());
+        // The second, which stays among those kept, and the first, which does not.
+        for number in [1, 0] {
+            assert!(offering.handle_lost(number));
+            assert!(offering.has_next());
+            assert!(offering.handle_acked(number).is_some());
+            assert!(!offering.has_next(), "{number}");
+        }
+        assert!(offering.next().is_none());
     }
 }
