@@ -320,9 +320,10 @@ pub struct Api {
     pub direct_register: unsafe extern "C" fn(*mut Port, *const DeviceMemory, *mut Text) -> i32,
     /// Undoes [`Api::direct_register`].
     pub direct_unregister: unsafe extern "C" fn(*mut Port, *const DeviceMemory, *mut Text) -> i32,
-    /// Lets the port reach the memory (`rte_dev_dma_map`).
+    /// Lets the port reach the memory (`rte_dev_dma_map`). Where it fails the
+    /// port may reach a part of it, until [`Api::direct_unmap`] succeeds.
     pub direct_map: unsafe extern "C" fn(*mut Port, *const DeviceMemory, *mut Text) -> i32,
-    /// Undoes [`Api::direct_map`].
+    /// Undoes [`Api::direct_map`], also one that failed in the middle.
     pub direct_unmap: unsafe extern "C" fn(*mut Port, *const DeviceMemory, *mut Text) -> i32,
     /// Makes packet buffers for so many payload bytes each in the memory
     /// (`rte_pktmbuf_pool_create_extbuf`), one pool a port; returns how many.

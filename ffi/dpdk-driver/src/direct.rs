@@ -2,8 +2,9 @@
 //!
 //! The steps that GPUDirect asks of a port; who takes them, in which order, and
 //! undoes them, is the caller (`genie_dataplane`'s `memory::accelerator::direct`).
-//! The invariant: *a step that fails leaves the port as it was*. No byte of the
-//! memory is ever read or written here.
+//! The invariant: *a step that fails leaves the port as it was*, except that what
+//! it mapped for the card is known, and stays until it is unmapped. No byte of
+//! the memory is ever read or written here.
 
 use genie_dpdk_abi as abi;
 use genie_dpdk_sys as sys;
@@ -42,6 +43,8 @@ pub(crate) enum DirectError {
     },
     #[error("buffers of {buffer_bytes} bytes do not fit into pages of {page_bytes}")]
     BufferSize { buffer_bytes: u16, page_bytes: u64 },
+    #[error("the card can reach device memory already")]
+    MappedAlready,
     #[error("there is a pool in device memory already")]
     PoolThere,
     #[error("there is no pool in device memory")]
@@ -63,7 +66,9 @@ impl DirectError {
         match self {
             Self::Call { errno, .. } => errno.status(),
             Self::NoSplit { .. } | Self::Queues { .. } => Errno::NOTSUP.status(),
-            Self::Out { .. } | Self::PoolThere | Self::SplitAlready => Errno::BUSY.status(),
+            Self::Out { .. } | Self::MappedAlready | Self::PoolThere | Self::SplitAlready => {
+                Errno::BUSY.status()
+            }
             Self::Stopped => Errno::NODEV.status(),
             _ => Errno::INVAL.status(),
         }
@@ -169,30 +174,32 @@ impl Port {
         Ok(())
     }
 
-    /// Lets the card reach the memory: all of it, or no piece of it.
+    /// Lets the card reach the memory, piece by piece. Where one is refused those
+    /// before it stay, until [`Port::unmap_device`].
     pub(crate) fn map_device(&mut self, memory: &Memory<'_>) -> Result<(), DirectError> {
+        if self.device_pieces > 0 {
+            return Err(DirectError::MappedAlready);
+        }
         let device = self.raw_device();
-        for (index, (at, iova, len)) in memory.pieces().into_iter().enumerate() {
+        for (at, iova, len) in memory.pieces() {
             // SAFETY: registered memory and the device of an open port.
             let status = unsafe { sys::rte_dev_dma_map(device, at.cast(), iova, len as usize) };
-            if let Err(errno) = Errno::check(status) {
-                for (at, iova, len) in memory.pieces().into_iter().take(index) {
-                    // SAFETY: mapped just now with these values.
-                    unsafe { sys::rte_dev_dma_unmap(device, at.cast(), iova, len as usize) };
-                }
-                return Err(self.called("rte_dev_dma_map")(errno));
-            }
+            Errno::check(status).map_err(self.called("rte_dev_dma_map"))?;
+            self.device_pieces += 1;
         }
         Ok(())
     }
 
-    /// Undoes [`Port::map_device`].
+    /// Undoes what [`Port::map_device`] did of this memory, the last piece first;
+    /// what cannot be undone stays mapped, and is undone by another call.
     pub(crate) fn unmap_device(&mut self, memory: &Memory<'_>) -> Result<(), DirectError> {
         let device = self.raw_device();
-        for (at, iova, len) in memory.pieces() {
+        let mapped = memory.pieces().into_iter().take(self.device_pieces);
+        for (at, iova, len) in mapped.rev() {
             // SAFETY: DPDK refuses a range that it does not know.
             let status = unsafe { sys::rte_dev_dma_unmap(device, at.cast(), iova, len as usize) };
             Errno::check(status).map_err(self.called("rte_dev_dma_unmap"))?;
+            self.device_pieces -= 1;
         }
         Ok(())
     }

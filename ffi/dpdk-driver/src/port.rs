@@ -92,6 +92,8 @@ pub(crate) struct Port {
     tx_pool: Mempool,
     /// Packet buffers in a GPU's memory; see [`crate::direct`].
     pub(crate) device_pool: Option<Mempool>,
+    /// How many pieces of it the card can reach.
+    pub(crate) device_pieces: usize,
     info: abi::PortInfo,
     /// Whether this queue has left.
     stopped: bool,
@@ -227,6 +229,7 @@ impl Port {
             rx_pool,
             tx_pool,
             device_pool: None,
+            device_pieces: 0,
             info,
             stopped: false,
         }

@@ -89,6 +89,8 @@ mod ports {
         let twice = port.register(&memory).unwrap_err();
         assert!(twice.contains("rte_extmem_register fails"), "{twice}");
         port.dma_map(&memory).unwrap();
+        let twice = port.dma_map(&memory).unwrap_err();
+        assert_eq!(twice, "the card can reach device memory already");
         assert_eq!(
             port.split(Split::Length(82)).unwrap_err(),
             "there is no pool in device memory"
@@ -106,6 +108,8 @@ mod ports {
         let none = port.free_pool().unwrap_err();
         assert_eq!(none, "there is no pool in device memory");
         port.dma_unmap(&memory).unwrap();
+        port.dma_unmap(&memory)
+            .expect("nothing is left to be undone");
         port.unregister(&memory).unwrap();
         let odd = Mapped {
             len: memory.len + 1,

@@ -117,9 +117,9 @@ pub trait PortSide {
     fn register(&mut self, memory: &Mapped) -> Result<(), String>;
     /// Undoes [`PortSide::register`].
     fn unregister(&mut self, memory: &Mapped) -> Result<(), String>;
-    /// Lets the card reach the memory.
+    /// Lets the card reach the memory. Where it fails the card may reach a part.
     fn dma_map(&mut self, memory: &Mapped) -> Result<(), String>;
-    /// Undoes [`PortSide::dma_map`].
+    /// Undoes [`PortSide::dma_map`], also one that failed.
     fn dma_unmap(&mut self, memory: &Mapped) -> Result<(), String>;
     /// Makes packet buffers in the memory.
     fn make_pool(&mut self, memory: &Mapped, buffer_bytes: u16) -> Result<(), String>;
@@ -205,8 +205,9 @@ impl<'a> Direct<'a> {
         let (port, memory, done) = (&mut self.port, &self.memory, &mut self.done);
         port.register(memory).map_err(at(Step::Register))?;
         done.push(Step::Register);
-        port.dma_map(memory).map_err(at(Step::DmaMap))?;
+        // Before the call: one that fails may have mapped a part.
         done.push(Step::DmaMap);
+        port.dma_map(memory).map_err(at(Step::DmaMap))?;
         port.make_pool(memory, buffer_bytes)
             .map_err(at(Step::Pool))?;
         done.push(Step::Pool);
