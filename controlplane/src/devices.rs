@@ -27,10 +27,6 @@ struct Device {
     refused: OnceLock<String>,
 }
 
-/// Of each frame, what belongs to the host: the headers of Ethernet, IPv6, UDP
-/// and Genie's own packets.
-const HEADER_BYTES: u16 = 14 + 40 + 8 + genie_proto::wire::HEADER_LEN as u16;
-
 /// How much of a device's memory the steps of GPUDirect are tried with: whole
 /// pages of any device's.
 const TRIAL_BYTES: usize = 2 << 20;
@@ -187,10 +183,10 @@ fn try_direct(accelerator: &Arc<dyn Accelerator>, port: &mut Port) -> String {
     };
     let driver = port.capabilities().driver.clone();
     let lease = DeviceLease::whole(region);
-    match port.try_direct(accelerator.direct(), lease, HEADER_BYTES) {
-        Ok(()) => format!(
-            "every step of it works with {driver}, but no engine receives into device memory"
-        ),
+    match port.try_direct(accelerator.direct(), lease) {
+        Ok(()) => {
+            format!("{driver} can do every step of it, but no engine receives into device memory")
+        }
         Err(refused) => refused.to_string(),
     }
 }

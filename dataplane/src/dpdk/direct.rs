@@ -5,7 +5,7 @@ use genie_dpdk_abi as abi;
 use super::port::Port;
 use crate::memory::View;
 use crate::memory::accelerator::direct::{
-    DeviceSide, Direct, Mapped, PAGE_BYTES, PortSide, Refused, Split, device_arguments, split_of,
+    DeviceSide, Direct, Mapped, PAGE_BYTES, PortSide, Refused, Split, device_arguments,
 };
 use crate::memory::accelerator::{DeviceAddress, DeviceLease};
 
@@ -19,21 +19,15 @@ pub struct DirectFrame<'a> {
 
 impl Port {
     /// Takes every step of GPUDirect with a piece of device memory and undoes
-    /// them, to learn which one fails.
-    ///
-    /// `header_bytes` is how much of each frame belongs to the host. Frames that
-    /// arrive meanwhile are lost, so this is for before a session.
+    /// them, to learn which one fails. The last, which would stop the port, is
+    /// not taken: the card is asked whether it could be.
     pub fn try_direct(
         &mut self,
         device: Box<dyn DeviceSide>,
         lease: DeviceLease,
-        header_bytes: u16,
     ) -> Result<(), Refused> {
-        // Drivers that are not known are asked all the same, and say no themselves.
-        let split =
-            split_of(self.info.driver_name(), header_bytes).unwrap_or(Split::Length(header_bytes));
         let mtu = self.info.mtu;
-        Direct::open(device, Box::new(self), lease, mtu, split).map(drop)
+        Direct::open(device, Box::new(self), lease, mtu, None).map(drop)
     }
 
     /// Delivers frames of two segments as such, the second untouched, to
@@ -164,6 +158,16 @@ impl PortSide for &mut Port {
         // SAFETY: an open port.
         self.step(|api, port, text| unsafe { (api.direct_pool_free)(port, text) })?;
         Ok(())
+    }
+
+    fn can_split(&mut self) -> Result<(), String> {
+        if self.info.has(abi::CAP_RX_BUFFER_SPLIT) {
+            return Ok(());
+        }
+        let driver = self.info.driver_name();
+        Err(format!(
+            "{driver} cannot split headers from payloads (RTE_ETH_RX_OFFLOAD_BUFFER_SPLIT)"
+        ))
     }
 
     fn split(&mut self, split: Split) -> Result<(), String> {

@@ -52,9 +52,7 @@ mod ports {
     fn falls_closed(name: &str, driver: &str) {
         let mut port = open(name);
         let (sim, lease) = device(true);
-        let refused = port
-            .try_direct(sim.direct(), lease.clone(), 82)
-            .unwrap_err();
+        let refused = port.try_direct(sim.direct(), lease.clone()).unwrap_err();
         assert_eq!(
             (refused.step, refused.reason.as_str()),
             (
@@ -66,14 +64,12 @@ mod ports {
         );
         // What was done before was undone: it can be done again, and the memory
         // is nobody's any more.
-        let again = port
-            .try_direct(sim.direct(), lease.clone(), 82)
-            .unwrap_err();
+        let again = port.try_direct(sim.direct(), lease.clone()).unwrap_err();
         assert_eq!(again, refused);
         drop(lease);
         assert_eq!(sim.used_bytes(), 0);
         let (plain, lease) = device(false);
-        let refused = port.try_direct(plain.direct(), lease, 82).unwrap_err();
+        let refused = port.try_direct(plain.direct(), lease).unwrap_err();
         assert_eq!(refused.step, Step::Support);
     }
 

@@ -125,7 +125,10 @@ pub trait PortSide {
     fn make_pool(&mut self, memory: &Mapped, buffer_bytes: u16) -> Result<(), String>;
     /// Undoes [`PortSide::make_pool`]; fails while a buffer is out.
     fn free_pool(&mut self) -> Result<(), String>;
-    /// Receives payloads into the pool.
+    /// Whether the card splits headers from payloads, without touching its queue.
+    fn can_split(&mut self) -> Result<(), String>;
+    /// Receives payloads into the pool. The port stops for a moment, and is
+    /// given up where its first queue cannot be had back.
     fn split(&mut self, split: Split) -> Result<(), String>;
     /// Undoes [`PortSide::split`].
     fn join(&mut self) -> Result<(), String>;
@@ -154,7 +157,8 @@ pub struct Direct<'a> {
 }
 
 impl<'a> Direct<'a> {
-    /// Takes every step, or none.
+    /// Takes every step, or none. Without a `split` the card is only asked
+    /// whether it could.
     ///
     /// `lease` is kept until the card cannot reach it any more; of it, whole
     /// pages of the device are used.
@@ -163,7 +167,7 @@ impl<'a> Direct<'a> {
         port: Box<dyn PortSide + 'a>,
         lease: DeviceLease,
         buffer_bytes: u16,
-        split: Split,
+        split: Option<Split>,
     ) -> Result<Self, Refused> {
         let mut direct = Self {
             device,
@@ -182,7 +186,7 @@ impl<'a> Direct<'a> {
         Ok(direct)
     }
 
-    fn set_up(&mut self, buffer_bytes: u16, split: Split) -> Result<(), Refused> {
+    fn set_up(&mut self, buffer_bytes: u16, split: Option<Split>) -> Result<(), Refused> {
         let at = |step: Step| move |reason: String| Refused { step, reason };
         self.device.supported().map_err(at(Step::Support))?;
         self.flushes = match self.device.ordering().map_err(at(Step::WriteOrdering))? {
@@ -211,8 +215,11 @@ impl<'a> Direct<'a> {
         port.make_pool(memory, buffer_bytes)
             .map_err(at(Step::Pool))?;
         done.push(Step::Pool);
-        port.split(split).map_err(at(Step::BufferSplit))?;
-        done.push(Step::BufferSplit);
+        port.can_split().map_err(at(Step::BufferSplit))?;
+        if let Some(split) = split {
+            port.split(split).map_err(at(Step::BufferSplit))?;
+            done.push(Step::BufferSplit);
+        }
         Ok(())
     }
 

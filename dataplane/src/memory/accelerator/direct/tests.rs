@@ -101,6 +101,10 @@ impl PortSide for Side {
         self.record.call("free_pool", "")
     }
 
+    fn can_split(&mut self) -> Result<(), String> {
+        self.record.call("can_split", "")
+    }
+
     fn split(&mut self, split: Split) -> Result<(), String> {
         self.record.call("split", &format!(" {split:?}"))
     }
@@ -126,10 +130,10 @@ fn memory() -> (Arc<Sim>, DeviceLease) {
 
 fn open(side: Side, device: Side, lease: DeviceLease) -> Result<Direct<'static>, Refused> {
     let (device, port) = (Box::new(device), Box::new(side));
-    Direct::open(device, port, lease, 9000, Split::Length(82))
+    Direct::open(device, port, lease, 9000, Some(Split::Length(82)))
 }
 
-const UP: [&str; 10] = [
+const UP: [&str; 11] = [
     "supported",
     "ordering",
     "sync_memops",
@@ -138,6 +142,7 @@ const UP: [&str; 10] = [
     "register 4 pages []",
     "dma_map 4 pages []",
     "make_pool 4 pages [] of 9000",
+    "can_split",
     "split Length(82)",
     "flush",
 ];
@@ -173,7 +178,8 @@ fn every_step_that_fails_says_why_and_undoes_those_before() {
         ("register", Step::Register, 6, 0),
         ("dma_map", Step::DmaMap, 7, 2),
         ("make_pool", Step::Pool, 8, 2),
-        ("split", Step::BufferSplit, 9, 3),
+        ("can_split", Step::BufferSplit, 9, 3),
+        ("split", Step::BufferSplit, 10, 3),
     ];
     for (call, step, taken, undone) in steps {
         let (sim, lease) = memory();
@@ -201,10 +207,19 @@ fn what_cannot_be_undone_keeps_the_memory_and_what_lies_beneath() {
         let (sim, lease) = memory();
         let record = Record::failing(call);
         drop(open(record.side(), record.side(), lease).unwrap());
-        let expected = [&UP[..9], &DOWN[..undone]].concat();
+        let expected = [&UP[..10], &DOWN[..undone]].concat();
         assert_eq!(record.calls(), expected, "{call}");
         assert!(sim.used_bytes() > 0, "{call}: a card may still write there");
     }
+}
+
+#[test]
+fn without_a_split_the_port_is_not_stopped() {
+    let (_sim, lease) = memory();
+    let record = Record::default();
+    let (device, port) = (Box::new(record.side()), Box::new(record.side()));
+    drop(Direct::open(device, port, lease, 9000, None).unwrap());
+    assert_eq!(record.calls(), [&UP[..9], &DOWN[1..]].concat());
 }
 
 #[test]
@@ -228,7 +243,7 @@ fn writes_that_are_ordered_need_no_flush_and_those_that_cannot_be_are_refused() 
     };
     let direct = open(record.side(), ordered, lease.clone()).unwrap();
     direct.before_consumer().unwrap();
-    assert_eq!(record.calls(), UP[..9]);
+    assert_eq!(record.calls(), UP[..10]);
     drop(direct);
     let record = Record::default();
     let unknown = Side {
