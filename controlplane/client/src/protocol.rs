@@ -478,7 +478,11 @@ pub enum PeerLimit {
 
 impl FailureKind {
     /// Whether the same request may well succeed a moment later, as after a
-    /// `WouldBlock`.
+    /// `WouldBlock`: nothing of it was done, and nothing is broken.
+    ///
+    /// What a session was lost for ([`Self::Peer`], [`Self::Stalled`]) may pass,
+    /// too, but a put may have been done: an agent tries those again, each done
+    /// once, for whoever asked it to (`Client::set_patience`).
     pub fn is_retryable(self) -> bool {
         match self {
             Self::Busy | Self::Stopping => true,
