@@ -14,6 +14,7 @@ use genie_dataplane::{OfferError, Secret, Secrets};
 
 use crate::harness::{self, PATIENCE, contents, random_bytes, region};
 use crate::polled::{Ends, SESSIONS, receipt};
+use crate::sealed::Refusing;
 
 const SLOTS: u16 = 8;
 
@@ -208,6 +209,24 @@ fn without_a_slot_the_lease_comes_back_and_the_ordinary_way_is_open() {
         long.reason,
         OfferError::TooLong { .. } | OfferError::NotGranted
     ));
+}
+
+#[test]
+fn memory_that_the_device_cannot_reach_is_not_to_be_waited_for() {
+    let (a, b) = pair(&Options::default());
+    let devices = [a, b].map(|device| Refusing(device, "no mapping for it"));
+    let mut ends = Ends::new(devices, &config(SLOTS));
+    ends.open_both(None);
+    granted(&mut ends);
+    let bytes = [7; 1000];
+    let refused = send(&mut ends, 1, &[], region(&bytes)).expect_err("too long to be copied");
+    assert_eq!(refused.reason, OfferError::Unreachable);
+    assert_eq!(contents(&refused.from), bytes);
+    // What is short is copied into the packet.
+    send(&mut ends, 2, &[], region(&bytes[..100])).expect("a slot is granted");
+    ends.drive("it is there", |ends| ends.offers[1].len() == 1);
+    let last = ends.offers[1].pop().expect("it is there");
+    assert_eq!(bytes_of(&ends, &last), bytes[..100]);
 }
 
 /// The test's offers are numbered, the first of all was empty.

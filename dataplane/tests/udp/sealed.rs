@@ -292,7 +292,7 @@ fn a_device_that_cannot_send_slots_says_so() {
 }
 
 /// A device that reaches no memory but its own.
-struct Refusing(PairDevice, &'static str);
+pub(crate) struct Refusing(pub(crate) PairDevice, pub(crate) &'static str);
 
 impl Device for Refusing {
     fn capabilities(&self) -> &Capabilities {

@@ -17,9 +17,13 @@ pub enum OfferError {
     /// The session is over.
     #[error("the session is over")]
     Closed,
-    /// Every slot that the peer granted is used.
+    /// Every slot that the peer granted is used, or whoever sends the packets
+    /// has no room for another one. Both pass.
     #[error("no slot is granted")]
     NotGranted,
+    /// Whoever sends the packets cannot reach its memory.
+    #[error("its memory cannot be reached")]
+    Unreachable,
     /// Longer than the peer's slots, or than a packet has room for.
     #[error("{len} bytes are more than one packet carries or a slot holds ({max})")]
     TooLong {

@@ -151,8 +151,9 @@ impl Session {
         let attachment = if len > INLINE_MAX {
             match device.attach(from.clone()) {
                 Ok(attachment) => Some(attachment),
-                // The ordinary way says the same of it, in words.
-                Err(_) => return refused(from, OfferError::NotGranted),
+                Err(AttachError::Full) => return refused(from, OfferError::NotGranted),
+                // The ordinary way says why, in words.
+                Err(AttachError::Unreachable(_)) => return refused(from, OfferError::Unreachable),
             }
         } else {
             None
