@@ -99,6 +99,13 @@ impl Tracer {
     }
 }
 
+impl Drop for Tracer {
+    fn drop(&mut self) {
+        // One that is over has nothing left to be ended.
+        let _ = self.child.kill().and_then(|()| self.child.wait());
+    }
+}
+
 #[test]
 fn an_engine_makes_no_system_call_for_a_frame() {
     let folder = tempfile::tempdir().unwrap();
