@@ -230,16 +230,23 @@ fn without_huge_pages_some_can_be_reserved_as_it_says() {
         umount "$free"
         rm "$none"
         "$GENIE" hugepages reserve 2M:64 --json
+        "$GENIE" doctor --json
         "$GENIE" hugepages release >&2
         "#,
     );
     assert!(output.status.success(), "{output:?}");
-    let (without, reserved) = output.stdout.split_once('\n').expect("two answers");
+    let answers: Vec<&str> = output.stdout.lines().collect();
+    let [without, reserved, with] = answers[..] else {
+        panic!("three answers: {output:?}");
+    };
     let without: Value = serde_json::from_str(without).expect("JSON");
     let pages = find(&without, "huge pages");
     assert_eq!(pages["state"], "warn");
     assert_eq!(pages["mend"], "genie hugepages reserve 2M:64");
     assert!(reserved.contains("64"), "{reserved}");
+    let with: Value = serde_json::from_str(with).expect("JSON");
+    let pages = find(&with, "huge pages");
+    assert_eq!(pages["state"], "ok", "{pages}");
 }
 
 /// Somebody who introduces himself as of versions 60000 to 60002, `times` times.

@@ -383,6 +383,42 @@ fn without_an_agent_one_is_to_be_started() {
 }
 
 #[test]
+fn a_transport_that_an_agent_is_without_is_mended_where_a_command_can() {
+    let mut machine = Fake::new();
+    machine.uid = 1000;
+    let mut find = |driver: &str, reason: &str| {
+        let mut status = status();
+        status.transports = vec![TransportStatus {
+            transport: "dpdk".to_owned(),
+            path: None,
+            queue: None,
+            data: None,
+            reason: Some(reason.to_owned()),
+            engine: None,
+        }];
+        machine.agent = AgentReply::Status(Box::new(status));
+        let link = format!("{NIC}/driver");
+        machine.links.insert(link, driver.to_owned());
+        let found = machine.find("agent: dpdk");
+        assert_eq!((found.state, &*found.why), (State::Warn, reason));
+        found.mend
+    };
+    let none = "no device was given (--dpdk-device)";
+    for (driver, device) in [
+        ("vfio-pci", "pci:0000:3b:00.0"),
+        ("mlx5_core", "pci:0000:3b:00.0"),
+        ("ice", "pair:/tmp/genie-pair.sock"),
+    ] {
+        let mend = format!("sudo genie agent --name a --dpdk-device {device}");
+        assert_eq!(find(driver, none), Some(mend));
+    }
+    let pages = find("ice", "no huge pages: none of 2 MiB is free");
+    let reserve = "sudo genie hugepages reserve 2M:64";
+    assert_eq!(pages.as_deref(), Some(reserve));
+    assert_eq!(find("ice", "cannot open pci:0000:3b:00.0: busy"), None);
+}
+
+#[test]
 fn a_clock_that_is_slow_or_wrong_is_noticed() {
     let mut machine = Fake::new();
     machine.year = 1971;
@@ -482,17 +518,27 @@ fn a_peer_is_shown_with_its_path_and_the_reasons_for_it() {
         lost: None,
         path_changes: 0,
         changes: Vec::new(),
-        reasons: vec!["dpdk: node 'b': no huge pages".to_owned()],
+        reasons: [
+            "dpdk: node 'b': no huge pages",
+            "dpdk: node 'a' does not allow it (--transport tcp)",
+            "shm: they are on different hosts",
+        ]
+        .map(str::to_owned)
+        .into(),
         up_seconds: 1.0,
         opened_in_us: 90,
         session: 1,
         requests: 0,
     });
     let findings = machine.peer("b");
-    assert_eq!(findings.len(), 2);
+    assert_eq!(findings.len(), 4);
     assert_eq!(findings[0].state, State::Ok);
     assert!(findings[0].why.contains("over tcp, round trip 90 µs"));
     assert!(findings[1].why.contains("no huge pages"));
+    is(&findings[1], State::Warn, "ssh 10.0.0.2 genie doctor");
+    let ours = "genie agent --name a --transport dpdk,tcp";
+    is(&findings[2], State::Warn, ours);
+    assert_eq!((findings[3].state, &findings[3].mend), (State::Warn, &None));
     machine.session = Err("refused".to_owned());
     is(
         &machine.peer("b")[0],

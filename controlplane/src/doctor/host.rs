@@ -7,7 +7,8 @@ use genie_dataplane::dpdk;
 use genie_hugepages::{Backing, PageSize};
 
 use super::system::{AgentReply, DpdkLack, System};
-use super::{Finding, Wanted, as_root};
+use super::{Finding, Wanted, as_root, network};
+use crate::status::AgentStatus;
 use crate::units::show_bytes;
 
 /// Certificates made by this build cannot be valid before it was written.
@@ -49,13 +50,30 @@ pub(super) fn agent(system: &dyn System, wanted: &Wanted) -> Vec<Finding> {
         let what = format!("agent: {}", transport.transport);
         findings.push(match (&transport.path, &transport.reason) {
             (Some(path), _) => Finding::ok(what, path),
-            (None, reason) => Finding {
-                mend: None,
-                ..Finding::warn(what, reason.as_deref().unwrap_or("it cannot be used"), "")
-            },
+            (None, reason) => {
+                let reason = reason.as_deref().unwrap_or("it cannot be used");
+                Finding {
+                    mend: mend_transport(system, &status, reason),
+                    ..Finding::warn(what, reason, "")
+                }
+            }
         });
     }
     findings
+}
+
+/// What gives an agent the transport that it is without for this reason. Other
+/// reasons name the command themselves, or are mended as another finding says.
+fn mend_transport(system: &dyn System, status: &AgentStatus, reason: &str) -> Option<String> {
+    if reason.contains("(--dpdk-device)") {
+        let device = network::dpdk_device(system);
+        let name = &status.name;
+        let command = format!("genie agent --name {name} --dpdk-device {device}");
+        return Some(as_root(system, &command));
+    }
+    reason
+        .starts_with("no huge pages")
+        .then(|| reserve_pages(system))
 }
 
 pub(super) fn socket(system: &dyn System, wanted: &Wanted) -> Vec<Finding> {
@@ -86,7 +104,6 @@ pub(super) fn huge_pages(system: &dyn System, _: &Wanted) -> Vec<Finding> {
     let what = "huge pages";
     let wanted = u64::from(dpdk::Options::default().memory_mib) << 20;
     let pages = PageSize::MB_2.pages_for(wanted);
-    let reserve = as_root(system, &format!("genie hugepages reserve 2M:{pages}"));
     let survey = match system.huge_pages() {
         Ok(survey) => survey,
         Err(why) => {
@@ -117,7 +134,14 @@ pub(super) fn huge_pages(system: &dyn System, _: &Wanted) -> Vec<Finding> {
         return vec![Finding::warn(what, why, mend)];
     }
     let why = format!("a DPDK port takes {pages} pages of 2 MiB, and {free} are free");
-    vec![Finding::warn(what, why, reserve)]
+    vec![Finding::warn(what, why, reserve_pages(system))]
+}
+
+/// The command that reserves what a DPDK port takes.
+fn reserve_pages(system: &dyn System) -> String {
+    let wanted = u64::from(dpdk::Options::default().memory_mib) << 20;
+    let pages = PageSize::MB_2.pages_for(wanted);
+    as_root(system, &format!("genie hugepages reserve 2M:{pages}"))
 }
 
 pub(super) fn dpdk(system: &dyn System, _: &Wanted) -> Vec<Finding> {

@@ -61,6 +61,12 @@ fn nics(system: &dyn System) -> Vec<String> {
     devices
 }
 
+/// Drivers that hand a card over to DPDK.
+const DPDKS: [&str; 3] = ["vfio-pci", "uio_pci_generic", "igb_uio"];
+
+/// Drivers beside which DPDK works.
+const BIFURCATED: [&str; 3] = ["mlx4_core", "mlx5_core", "mana"];
+
 pub(super) fn cards(system: &dyn System, _: &Wanted) -> Vec<Finding> {
     let nics = nics(system);
     if nics.is_empty() {
@@ -72,17 +78,32 @@ pub(super) fn cards(system: &dyn System, _: &Wanted) -> Vec<Finding> {
     nics.iter().map(|address| card(system, address)).collect()
 }
 
+/// A device that an agent here could open: the first card that DPDK can use, or
+/// the one that needs none.
+pub(super) fn dpdk_device(system: &dyn System) -> String {
+    let usable = |address: &String| {
+        let driver = system.link(&format!("{PCI}/{address}/driver"));
+        driver.is_some_and(|driver| {
+            let driver = driver.as_str();
+            DPDKS.contains(&driver) || BIFURCATED.contains(&driver)
+        })
+    };
+    let card = nics(system).into_iter().find(usable);
+    card.map_or("pair:/tmp/genie-pair.sock".to_owned(), |address| {
+        format!("pci:{address}")
+    })
+}
+
 fn card(system: &dyn System, address: &str) -> Finding {
     let what = format!("network card {address}");
     let driver = system.link(&format!("{PCI}/{address}/driver"));
     let bind = as_root(system, &format!("scripts/bind-nic bind {address}"));
     match driver.as_deref() {
-        Some(driver @ ("vfio-pci" | "uio_pci_generic" | "igb_uio")) => Finding::ok(
+        Some(driver) if DPDKS.contains(&driver) => Finding::ok(
             what,
             format!("bound to {driver}: --dpdk-device pci:{address}"),
         ),
-        // Bifurcated: DPDK works beside the kernel.
-        Some(driver @ ("mlx4_core" | "mlx5_core" | "mana")) => Finding::ok(
+        Some(driver) if BIFURCATED.contains(&driver) => Finding::ok(
             what,
             format!("{driver} serves kernel and DPDK: --dpdk-device pci:{address}"),
         ),

@@ -40,12 +40,34 @@ pub(super) fn peer(system: &dyn System, wanted: &Wanted, node: &str) -> Vec<Find
             )];
             let better = session.reasons.iter();
             findings.extend(better.map(|reason| Finding {
-                mend: None,
+                mend: mend_better(&status.name, node, &known.address, reason),
                 ..Finding::warn(format!("peer {node}: better path"), reason, "")
             }));
             findings
         }
     }
+}
+
+/// What leads on from a refusal, which names the end that has no better path:
+/// that end is to allow it, or its own doctor knows what it lacks.
+fn mend_better(ours: &str, node: &str, address: &str, reason: &str) -> Option<String> {
+    let there = reason.contains(&format!("node '{node}'"));
+    if !there && !reason.contains(&format!("node '{ours}'")) {
+        return None;
+    }
+    let (transport, why) = reason.split_once(": ")?;
+    let command = if why.contains("does not allow it") {
+        let name = if there { node } else { ours };
+        format!("genie agent --name {name} --transport {transport},tcp")
+    } else {
+        "genie doctor".to_owned()
+    };
+    let host = address.rsplit_once(':').map_or(address, |(host, _)| host);
+    Some(if there {
+        format!("ssh {host} {command}")
+    } else {
+        command
+    })
 }
 
 /// Asks whoever listens there.
