@@ -10,6 +10,7 @@
 
 use std::fmt;
 
+use genie_crc::{multiply, multiply_slowly};
 use serde::{Deserialize, Serialize};
 
 /// CRC32C (RFC 3720, Castagnoli) of all bytes of a transfer.
@@ -103,14 +104,11 @@ impl DigestBuilder {
     }
 }
 
-/// The polynomial, bit-reflected as everything here: bit 31 is `x^0`.
-const POLYNOMIAL: u32 = 0x82f6_3b78;
+/// `x^0`: polynomials are bit-reflected.
 const ONE: u32 = 1 << 31;
 /// Bytes of a 48-bit length.
 const LEN_BYTES: usize = 6;
 
-/// `ZEROS[k][b]`: byte `b` followed by `k + 1` zero bytes, reduced (slicing by 4).
-static ZEROS: [[u32; 256]; 4] = zeros();
 /// `POWERS[k][b]`: `x^(8·b·256^k)`, so that a power takes one product a byte of the exponent.
 static POWERS: [[u32; 256]; LEN_BYTES] = powers();
 
@@ -130,69 +128,6 @@ fn power(bytes: u64) -> u32 {
         rest >>= 8;
     }
     product
-}
-
-/// The product of two polynomials modulo the polynomial.
-fn multiply(a: u32, b: u32) -> u32 {
-    // The carry-less product has 63 bits, the highest power in bit 0; one up
-    // makes it a reflected 64-bit value whose low half still has to be reduced.
-    let product = carryless(a, b) << 1;
-    let low = product as u32;
-    (product >> 32) as u32
-        ^ ZEROS[3][(low & 0xff) as usize]
-        ^ ZEROS[2][(low >> 8 & 0xff) as usize]
-        ^ ZEROS[1][(low >> 16 & 0xff) as usize]
-        ^ ZEROS[0][(low >> 24) as usize]
-}
-
-/// Carry-less product by integer multiplication "with holes": of operands with
-/// only every fourth bit set, a column sums at most eight ones, which three
-/// bits hold, so no carry reaches the next column (as BearSSL's `ghash_ctmul`).
-fn carryless(a: u32, b: u32) -> u64 {
-    const HOLES: u64 = 0x1111_1111_1111_1111;
-    let (a, b) = (u64::from(a), u64::from(b));
-    let a = [a & HOLES, a & HOLES << 1, a & HOLES << 2, a & HOLES << 3];
-    let b = [b & HOLES, b & HOLES << 1, b & HOLES << 2, b & HOLES << 3];
-    let mut product = 0;
-    for class in 0..4 {
-        let mut sum = 0;
-        for (i, a) in a.iter().enumerate() {
-            sum ^= a.wrapping_mul(b[(class + 4 - i) % 4]);
-        }
-        product |= sum & HOLES << class;
-    }
-    product
-}
-
-const fn multiply_slowly(a: u32, mut b: u32) -> u32 {
-    let mut product = 0;
-    let mut bit = 32;
-    while bit > 0 {
-        bit -= 1;
-        if a >> bit & 1 == 1 {
-            product ^= b;
-        }
-        b = b >> 1 ^ if b & 1 == 1 { POLYNOMIAL } else { 0 };
-    }
-    product
-}
-
-const fn zeros() -> [[u32; 256]; 4] {
-    let mut tables = [[0; 256]; 4];
-    let mut byte = 0;
-    while byte < 256 {
-        let mut value = byte as u32;
-        let mut bits = 0;
-        while bits < 32 {
-            value = value >> 1 ^ if value & 1 == 1 { POLYNOMIAL } else { 0 };
-            bits += 1;
-            if bits % 8 == 0 {
-                tables[bits / 8 - 1][byte] = value;
-            }
-        }
-        byte += 1;
-    }
-    tables
 }
 
 const fn powers() -> [[u32; 256]; LEN_BYTES] {
@@ -218,11 +153,6 @@ mod tests {
     use proptest::prelude::*;
 
     proptest! {
-        #[test]
-        fn the_quick_product_is_the_slow_one(a: u32, b: u32) {
-            prop_assert_eq!(multiply(a, b), multiply_slowly(a, b));
-        }
-
         #[test]
         fn powers_add(a in 0u64..1 << 47, b in 0u64..1 << 47) {
             prop_assert_eq!(multiply(power(a), power(b)), power(a + b));

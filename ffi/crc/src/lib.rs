@@ -6,6 +6,10 @@
 //! instruction, eight bytes at a time; a long one, or one on a processor without
 //! it, through [`crc32c`](https://docs.rs/crc32c).
 
+mod product;
+
+pub use product::{multiply, multiply_slowly};
+
 /// The longest run that is faster here than through the library.
 pub const SHORT_MAX: usize = 128;
 
