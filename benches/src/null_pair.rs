@@ -1,6 +1,7 @@
 //! The protocol alone: two connections, no network, and no payload but, if it
 //! is asked for, the digest of one.
 
+use genie_dataplane::engine::frame::Head;
 use genie_dataplane::memory::View;
 use genie_proto::wire::HEADER_LEN;
 use genie_proto::{Config, Connection, Event, SessionId, Time, TransferId};
@@ -16,6 +17,8 @@ pub struct Pair {
     segment: Option<Vec<u8>>,
     generation: u32,
     now: u64,
+    /// Where packets are written, as an engine writes them into its frames.
+    head: Head,
 }
 
 impl Pair {
@@ -41,6 +44,7 @@ impl Pair {
             segment,
             generation: 0,
             now: 1,
+            head: Head::new(),
         }
     }
 
@@ -59,12 +63,14 @@ impl Pair {
                 crc = View::from(bytes).crc32c();
                 crc
             };
-            let Some(packet) = self.ends[from].poll_transmit(now, digest) else {
+            self.head.clear();
+            let sent = self.ends[from].poll_transmit_into(now, &mut self.head, digest);
+            let Some(payload) = sent else {
                 break;
             };
             any = true;
-            let len = packet.head.len() + packet.payload.map_or(0, |segment| segment.len as usize);
-            self.ends[1 - from].handle_datagram(now, &packet.head, len, |_| crc);
+            let len = self.head.len() + payload.map_or(0, |segment| segment.len as usize);
+            self.ends[1 - from].handle_datagram(now, &self.head, len, |_| crc);
         }
         any
     }

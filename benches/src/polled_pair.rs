@@ -1,10 +1,12 @@
 //! Two engines on one thread, over two devices joined in memory.
 
+use std::time::Duration;
+
 use genie_dataplane::device::pair::{Options, PairDevice, pair};
 use genie_dataplane::engine::udp::{Config, Offers, Polled, Remote};
 use genie_dataplane::engine::{self, Command, Completion, OperationId};
 use genie_dataplane::memory::{Lease, Region};
-use genie_dataplane::{Integrity, Metadata, SessionId};
+use genie_dataplane::{Integrity, Metadata, SessionId, Time};
 
 const SESSIONS: [SessionId; 2] = [SessionId(1), SessionId(2)];
 
@@ -14,6 +16,14 @@ pub struct PolledPair {
     ends: [Polled<PairDevice>; 2],
     memory: Lease,
     operation: u64,
+    clock: Clock,
+}
+
+#[derive(Debug)]
+enum Clock {
+    Machine,
+    /// Every look at it takes a step, so that each run does the same.
+    Steps(Time),
 }
 
 impl PolledPair {
@@ -22,6 +32,18 @@ impl PolledPair {
     /// # Panics
     /// If that fails: nothing is lost here.
     pub fn new(slots: u16) -> Self {
+        Self::with_clock(slots, Clock::Machine)
+    }
+
+    /// [`PolledPair::new`] by a clock that only the number of turns moves.
+    ///
+    /// # Panics
+    /// As that does.
+    pub fn in_steps(slots: u16) -> Self {
+        Self::with_clock(slots, Clock::Steps(Time::default()))
+    }
+
+    fn with_clock(slots: u16, clock: Clock) -> Self {
         let config = Config {
             offers: Offers {
                 slots,
@@ -43,7 +65,10 @@ impl PolledPair {
                 remote: engine::Remote::Udp(remote),
                 integrity: Integrity::Digest,
             };
-            let now = ends[end].now();
+            let now = match clock {
+                Clock::Machine => ends[end].now(),
+                Clock::Steps(now) => now,
+            };
             ends[end].handle_command(now, open);
         }
         let (region, _) = Region::allocate(8192).expect("memory");
@@ -51,6 +76,7 @@ impl PolledPair {
             ends,
             memory: Lease::whole(region),
             operation: 0,
+            clock,
         };
         let mut opened = 0;
         while opened < 2 {
@@ -78,9 +104,19 @@ impl PolledPair {
     }
 
     fn turn(&mut self) {
-        for end in &mut self.ends {
-            end.turn(end.now());
-        }
+        (0..2).for_each(|end| self.turn_of(end));
+    }
+
+    fn turn_of(&mut self, end: usize) {
+        let end = &mut self.ends[end];
+        let now = match &mut self.clock {
+            Clock::Machine => end.now(),
+            Clock::Steps(now) => {
+                *now = *now + Duration::from_nanos(200);
+                *now
+            }
+        };
+        end.turn(now);
     }
 
     fn try_offer(&mut self, end: usize, len: u64) -> bool {
@@ -129,10 +165,10 @@ impl PolledPair {
                 while !self.try_offer(end, len) {
                     self.turn();
                 }
-                self.ends[end].turn(self.ends[end].now());
+                self.turn_of(end);
                 let mut came = 0;
                 while came == 0 {
-                    self.ends[1 - end].turn(self.ends[1 - end].now());
+                    self.turn_of(1 - end);
                     came = self.take(1 - end).1;
                 }
             }

@@ -10,6 +10,7 @@ use std::hint::black_box;
 use anyhow::Result;
 use clap::{Parser, ValueEnum};
 use genie_benches::null_pair::{PACKETS, Pair};
+use genie_benches::polled_pair::PolledPair;
 use genie_dataplane::engine::ring::ring;
 use genie_proto::wire::{Header, Kind};
 use genie_proto::{DigestBuilder, SessionId, TransferId};
@@ -29,6 +30,8 @@ enum Piece {
     Packet,
     /// A header encoded and parsed
     Header,
+    /// A small tensor of 64 bytes there and one back, through two engines
+    Pingpong,
     /// A segment's checksum into a digest
     Digest,
     /// A value into a ring and out
@@ -43,6 +46,7 @@ fn main() -> Result<()> {
             (0..count / PACKETS).for_each(|_| pair.transfer());
         }
         Piece::Header => (0..count).try_for_each(header)?,
+        Piece::Pingpong => PolledPair::in_steps(256).pingpong(count, 64),
         Piece::Digest => {
             let mut digest = DigestBuilder::new(count * 8896);
             (0..count).for_each(|number| digest.add(number * 8896, 8896, black_box(7)));

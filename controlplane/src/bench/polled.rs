@@ -99,10 +99,10 @@ impl End {
         }
     }
 
-    /// One pass of the engine. The clock is read every fourth time: that costs as
+    /// One pass of the engine. The clock is read every sixteenth time: that costs as
     /// much as a look at the device, and no timer is so short.
     fn turn(&mut self) {
-        if self.turns.is_multiple_of(4) {
+        if self.turns.is_multiple_of(16) {
             self.now = self.engine.now();
         }
         self.turns += 1;

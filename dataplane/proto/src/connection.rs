@@ -18,7 +18,7 @@ use crate::congestion::Controller;
 use crate::id::{Segment, SessionId, TransferId};
 use crate::time::Time;
 use crate::transfer::{Incoming, LEN_MAX, Outgoing};
-use crate::wire::{CONTROL_MAX, DoneAck, HEADER_LEN, Metadata, OFFER_LEN, Scope};
+use crate::wire::{AckRange, CONTROL_MAX, DoneAck, HEADER_LEN, Metadata, OFFER_LEN, Scope};
 
 mod config;
 mod event;
@@ -74,6 +74,8 @@ pub struct Connection {
     credit_from: u64,
     /// Packets that there is room for, where that bounds what the peer may send.
     room: u32,
+    /// What the last offer acknowledged, and when it came; not acted on yet.
+    run: Option<(Time, AckRange)>,
     /// The window or the credit kept us from sending since the last ACK.
     limited: bool,
     controls: VecDeque<Control>,
@@ -186,6 +188,7 @@ impl Connection {
             credit: config.remote_credit,
             credit_from: 0,
             room: u32::MAX,
+            run: None,
             limited: false,
             controls: VecDeque::new(),
             probe_due: false,
@@ -286,6 +289,7 @@ impl Connection {
     ///
     /// After this the engine may free its memory: nothing is placed there any more.
     pub fn cancel(&mut self, id: TransferId, outgoing: bool) {
+        self.take_run();
         self.abandon(id, outgoing, FailReason::Cancelled, Some(code::CANCELLED));
     }
 
@@ -430,6 +434,7 @@ impl Connection {
         if self.state != State::Open {
             return;
         }
+        self.take_run();
         self.state = State::Quiet;
         self.events.extend(self.sending.fail_all(reason));
         self.events.extend(self.offering.fail_all(reason));

@@ -98,11 +98,16 @@ impl Flow {
         self.remote
     }
 
-    /// Writes the headers for a datagram of `udp_payload` bytes into `head`.
-    pub fn write_headers(&self, head: &mut Head, udp_payload: usize) {
+    /// Begins `head` with the headers of a datagram, whose length is still to be
+    /// told to [`Flow::finish_headers`].
+    pub fn begin_headers(&self, head: &mut Head) {
         head.clear();
         head.try_extend_from_slice(&self.template)
             .expect("HEADERS_MAX < HEAD_MAX");
+    }
+
+    /// Completes the headers in `head` for a datagram of `udp_payload` bytes.
+    pub fn finish_headers(&self, head: &mut Head, udp_payload: usize) {
         let udp_len = ((UDP + udp_payload) as u16).to_be_bytes();
         let udp = self.template.len() - UDP;
         head[udp + 4..udp + 6].copy_from_slice(&udp_len);
@@ -296,7 +301,8 @@ mod tests {
     fn frame(local: &str, remote: &str, payload: &[u8]) -> Vec<u8> {
         let flow = Flow::new(end(1, local), end(2, remote)).unwrap();
         let mut head = Head::new();
-        flow.write_headers(&mut head, payload.len());
+        flow.begin_headers(&mut head);
+        flow.finish_headers(&mut head, payload.len());
         [&head[..], payload].concat()
     }
 

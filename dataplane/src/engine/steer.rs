@@ -388,7 +388,8 @@ mod tests {
         };
         let flow = Flow::new(end(family.0, 9), end(family.1, port)).unwrap();
         let mut frame = TxFrame::default();
-        flow.write_headers(&mut frame.head, 3);
+        flow.begin_headers(&mut frame.head);
+        flow.finish_headers(&mut frame.head, 3);
         frame.head.try_extend_from_slice(&[tag; 3]).unwrap();
         frame
     }

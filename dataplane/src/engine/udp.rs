@@ -230,7 +230,7 @@ impl<D: Device> Polled<D> {
         if upkeep {
             busy |= self.keep_up(now);
         }
-        self.settle(now);
+        busy |= self.settle(now);
         self.core.quiet = !busy && !self.core.is_waiting_for_device();
         busy
     }
@@ -337,13 +337,14 @@ impl<D: Device> Polled<D> {
         taken > 0
     }
 
-    /// Completes what ended and gives memory back that nothing refers to any more.
-    fn settle(&mut self, now: Time) {
+    /// Completes what ended and gives memory back that nothing refers to any more;
+    /// returns whether anything ended, or came.
+    fn settle(&mut self, now: Time) -> bool {
         let Self { device, core, .. } = self;
         let copying = session::Copying::of(device.capabilities());
-        let mut detaching = false;
+        let (mut any, mut detaching) = (false, false);
         for session in core.sessions.values_mut() {
-            session.take_events(
+            any |= session.take_events(
                 now,
                 copying,
                 &mut core.totals,
@@ -364,6 +365,7 @@ impl<D: Device> Polled<D> {
         {
             self.fail(now);
         }
+        any
     }
 
     /// Ends an engine whose device does not give memory back: the queue is

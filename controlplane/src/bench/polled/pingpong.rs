@@ -1,5 +1,6 @@
 //! Ping-pong of offers: a block is one there and one back.
 
+use std::collections::VecDeque;
 use std::time::Instant;
 
 use genie_dataplane::engine::udp::{InPlace, Offer, OfferRefused, Offers};
@@ -90,8 +91,10 @@ impl Player {
             return Err(BenchError::Garbage);
         };
         back.write_at(0, view);
+        self.offer(back)?;
+        self.end.turn();
         self.end.engine.release(offer);
-        self.offer(back)
+        Ok(())
     }
 }
 
@@ -125,8 +128,12 @@ pub fn pong(end: End, block_bytes: u64) -> Result<String, BenchError> {
 pub struct Ping {
     player: Player,
     waiting: Option<Slot>,
-    sent: Option<Digest>,
-    came: Option<Digest>,
+    /// Of blocks that the other end has, and of those that came back: at most
+    /// one more here or there.
+    sent: VecDeque<Digest>,
+    came: VecDeque<Digest>,
+    /// Blocks whose digests agreed.
+    agreed: u64,
 }
 
 impl Ping {
@@ -138,8 +145,9 @@ impl Ping {
         Ok(Self {
             player,
             waiting: None,
-            sent: None,
-            came: None,
+            sent: VecDeque::new(),
+            came: VecDeque::new(),
+            agreed: 0,
         })
     }
 
@@ -148,16 +156,33 @@ impl Ping {
         self.player.end.driver()
     }
 
-    /// Ends it, for the other end too.
-    pub fn close(mut self) {
+    /// Ends it, for the other end too, once every block's digests agreed.
+    pub fn close(mut self) -> Result<(), BenchError> {
+        self.turn_until(|ping| ping.agreed == ping.player.begun)?;
         self.player.end.close();
+        Ok(())
+    }
+
+    /// Drives the engine until something is true of what it brought.
+    fn turn_until(&mut self, what: impl Fn(&Self) -> bool) -> Result<(), BenchError> {
+        let mut began = None;
+        while !what(self) {
+            self.player.end.turn();
+            self.collect()?;
+            if self.player.end.is_time_to_look()
+                && began.get_or_insert_with(Instant::now).elapsed() > LIVENESS
+            {
+                return Err(BenchError::Silent(LIVENESS));
+            }
+        }
+        Ok(())
     }
 
     /// Looks for the block's end there and its coming back.
     fn collect(&mut self) -> Result<(), BenchError> {
         while let Some(completion) = self.player.end.engine.poll_completion() {
             match completion {
-                Completion::Transferred { result, .. } => self.sent = Some(result?.digest),
+                Completion::Transferred { result, .. } => self.sent.push_back(result?.digest),
                 Completion::Lost { reason, .. } => return Err(reason.into()),
                 _ => return Err(BenchError::Garbage),
             }
@@ -166,8 +191,18 @@ impl Ping {
             if offer.len() != self.player.block_bytes {
                 return Err(BenchError::Garbage);
             }
-            self.came = Some(offer.digest());
+            self.came.push_back(offer.digest());
             self.player.end.engine.release(offer);
+        }
+        while let (Some(sent), Some(came)) = (self.sent.front(), self.came.front()) {
+            // What came back is what was sent.
+            if sent != came {
+                let block = self.agreed;
+                return Err(BenchError::Inconsistent { block });
+            }
+            self.sent.pop_front();
+            self.came.pop_front();
+            self.agreed += 1;
         }
         Ok(())
     }
@@ -185,22 +220,11 @@ impl Carrier for Ping {
         Ok(())
     }
 
+    /// A block is done when it is back: the proof that the other end has it, which
+    /// comes along, is looked at when nothing waits.
     fn complete(&mut self, _: Option<Instant>, done: &mut Vec<Slot>) -> Result<(), BenchError> {
-        let mut began = None;
-        while self.sent.is_none() || self.came.is_none() {
-            self.player.end.turn();
-            self.collect()?;
-            if self.player.end.is_time_to_look()
-                && began.get_or_insert_with(Instant::now).elapsed() > LIVENESS
-            {
-                return Err(BenchError::Silent(LIVENESS));
-            }
-        }
-        // What came back is what was sent.
-        if self.sent.take() != self.came.take() {
-            let block = self.player.begun - 1;
-            return Err(BenchError::Inconsistent { block });
-        }
+        let begun = self.player.begun;
+        self.turn_until(|ping| ping.agreed + ping.came.len() as u64 == begun)?;
         done.extend(self.waiting.take());
         Ok(())
     }

@@ -71,7 +71,7 @@ impl Bench<'_> {
         measured.device = Some(format!("{} → {theirs}", ping.driver()));
         // Every block's digest was compared with that of what came back.
         measured.verified = integrity == Integrity::Digest;
-        ping.close();
+        ping.close()?;
         match other.channel.receive(std::time::Duration::from_secs(10))? {
             Reply::Driver(_) => Ok(measured),
             reply => Err(unexpected(reply)),

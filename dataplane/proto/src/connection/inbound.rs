@@ -39,6 +39,7 @@ impl Connection {
         datagram_len: usize,
         place: impl FnOnce(Option<Segment>) -> C,
     ) -> bool {
+        self.take_run();
         let before = self.stats.bytes_received;
         let place = |segment| place(segment).into();
         if let Err(cause) = self.try_handle(now, head, datagram_len, place) {
@@ -224,7 +225,8 @@ impl Connection {
         Ok(())
     }
 
-    /// Takes in what an offer acknowledges: `count` packets up to `largest`.
+    /// Takes in what an offer acknowledges: `count` packets up to `largest`. Acted
+    /// on later, so that whoever waits for the offer has it first.
     fn handle_run(&mut self, now: Time, largest: u64, count: u16) {
         let Some(below) = u64::from(count).checked_sub(1) else {
             return;
@@ -237,9 +239,16 @@ impl Connection {
             first,
             last: largest,
         };
-        self.stats.spurious_losses += self.sent.ack(range, &mut self.acked);
-        // How long it waited for the offer is not said: no round trip.
-        self.take_acked(now, None);
+        self.run = Some((now, range));
+    }
+
+    /// Acts on what the last offer acknowledged.
+    pub(super) fn take_run(&mut self) {
+        if let Some((at, range)) = self.run.take() {
+            self.stats.spurious_losses += self.sent.ack(range, &mut self.acked);
+            // How long it waited for the offer is not said: no round trip.
+            self.take_acked(at, None);
+        }
     }
 
     /// Has the peer told of its limit if need be.
@@ -288,29 +297,31 @@ impl Connection {
     /// packet with this number waited at the peer.
     fn take_acked(&mut self, now: Time, waited: Option<(u64, Duration)>) {
         let limited = std::mem::take(&mut self.limited);
-        let acked = std::mem::take(&mut self.acked);
-        // The first range is the highest, so the latest packet is at its end.
-        if let Some(latest) = acked.iter().max_by_key(|packet| packet.number) {
-            if let Some((largest, delay)) = waited
-                && latest.number == largest
-            {
-                self.rtt.sample(now.since(latest.at), delay);
+        let (mut latest, mut bytes) = (None::<(u64, Time)>, 0);
+        for packet in self.acked.drain(..) {
+            bytes += u64::from(packet.bytes);
+            if latest.is_none_or(|(number, _)| number < packet.number) {
+                latest = Some((packet.number, packet.at));
             }
-            let bytes = acked.iter().map(|packet| u64::from(packet.bytes)).sum();
-            self.controller.handle_ack(now, latest.at, bytes, limited);
-            self.pto_count = 0;
-        }
-        for packet in &acked {
             if let Content::Data { segment, index } = packet.content {
                 self.moved = Some(now);
                 self.sending.handle_acked(index, segment);
             } else if let Content::Offer(number) = packet.content {
                 self.moved = Some(now);
-                self.events.extend(self.offering.handle_acked(number));
+                if let Some(event) = self.offering.handle_acked(number) {
+                    self.events.push_back(event);
+                }
             }
         }
-        self.acked = acked;
-        self.acked.clear();
+        if let Some((number, sent_at)) = latest {
+            if let Some((largest, delay)) = waited
+                && number == largest
+            {
+                self.rtt.sample(now.since(sent_at), delay);
+            }
+            self.controller.handle_ack(now, sent_at, bytes, limited);
+            self.pto_count = 0;
+        }
         self.detect_lost(now);
     }
 

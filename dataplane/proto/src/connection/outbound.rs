@@ -19,16 +19,62 @@ const NO_TRANSFER: TransferId = TransferId {
 };
 
 impl Connection {
-    /// The next datagram to send now, if there is one. `crc` returns the CRC32C
-    /// of a segment of the source; it is called once for a datagram with payload.
-    ///
-    /// A datagram given counts as sent: one that the device refuses is to be
-    /// kept and offered again, or is lost like any other.
+    /// The next datagram to send now, if there is one: see
+    /// [`Connection::poll_transmit_into`].
     pub fn poll_transmit(
         &mut self,
         now: Time,
-        mut crc: impl FnMut(Segment) -> u32,
+        crc: impl FnMut(Segment) -> u32,
     ) -> Option<Transmit> {
+        let mut head = ArrayVec::new();
+        let payload = self.poll_transmit_into(now, &mut head, crc)?;
+        Some(Transmit { head, payload })
+    }
+
+    /// Writes the head of the next datagram to send now behind what is in `head`,
+    /// and returns the part of the source that follows it, if any; none if there
+    /// is nothing to send. `crc` returns the CRC32C of a segment of the source; it
+    /// is called once for a datagram with payload.
+    ///
+    /// A datagram given counts as sent: one that the device refuses is to be
+    /// kept and offered again, or is lost like any other.
+    ///
+    /// # Panics
+    /// If `head` has no room for a header and a control packet's payload.
+    pub fn poll_transmit_into<const N: usize>(
+        &mut self,
+        now: Time,
+        head: &mut ArrayVec<u8, N>,
+        mut crc: impl FnMut(Segment) -> u32,
+    ) -> Option<Option<Segment>> {
+        let payload = self.next_transmit(now, head, &mut crc);
+        if payload.is_some() || self.run.is_none() {
+            return payload;
+        }
+        // What was acknowledged may make room.
+        self.take_run();
+        if !self.may_transmit(now) {
+            return None;
+        }
+        self.next_transmit(now, head, &mut crc)
+    }
+
+    /// Whether [`Connection::poll_transmit`] may have something to send, without
+    /// looking at windows.
+    pub fn may_transmit(&self, now: Time) -> bool {
+        self.state != State::Open
+            || self.received.is_due(now)
+            || self.probe_due
+            || !self.controls.is_empty()
+            || self.has_data()
+    }
+
+    fn next_transmit<const N: usize>(
+        &mut self,
+        now: Time,
+        head: &mut ArrayVec<u8, N>,
+        crc: &mut impl FnMut(Segment) -> u32,
+    ) -> Option<Option<Segment>> {
         if let State::Closed {
             code,
             due: due @ true,
@@ -44,7 +90,8 @@ impl Connection {
                 scope: Scope::Session,
                 reason: *code,
             };
-            return Some(self.bare(now, Body::Reset(reset)));
+            self.write_bare(now, &Body::Reset(reset), head);
+            return Some(None);
         }
         if self.state != State::Open {
             return None;
@@ -56,6 +103,9 @@ impl Connection {
             return None;
         }
         self.watch(now);
+        if !self.may_transmit(now) {
+            return None;
+        }
         // An offer takes the acknowledgement along.
         let taken_along =
             || self.offering.has_next() && self.may_send() && self.received.run().is_some();
@@ -63,7 +113,8 @@ impl Connection {
             let credit = self.told_credit();
             let ack = self.received.take_ack(now, credit);
             self.stats.acks_sent += 1;
-            return Some(self.bare(now, Body::Ack(ack)));
+            self.write_bare(now, &Body::Ack(ack), head);
+            return Some(None);
         }
         if !self.may_send() {
             // Credit is no reason for the window to grow.
@@ -71,20 +122,15 @@ impl Connection {
             self.limited |= full && self.has_data();
             return None;
         }
-        let message = self
-            .next_control(now)
-            .or_else(|| self.next_offer(now, &mut crc));
-        if message.is_some() {
-            self.extra = self.extra.saturating_sub(1);
-            return message;
-        }
-        let (header, payload) = self.next_data(now, crc)?;
+        let payload = if self.next_control(now, head) {
+            None
+        } else if self.offering.has_next() {
+            self.next_offer(now, head, crc)?
+        } else {
+            Some(self.next_data(now, head, crc)?)
+        };
         self.extra = self.extra.saturating_sub(1);
-        // Made where it is returned from: to move it is to copy all its room.
-        let mut head = ArrayVec::new();
-        head.try_extend_from_slice(&header)
-            .expect("a header fits a head");
-        Some(Transmit { head, payload })
+        Some(payload.filter(|segment| segment.len > 0))
     }
 
     pub(super) fn has_data(&self) -> bool {
@@ -97,7 +143,8 @@ impl Connection {
                 && self.sent.in_flight() < u64::from(self.credit))
     }
 
-    fn next_control(&mut self, now: Time) -> Option<Transmit> {
+    /// Writes the next control message; false if there is none.
+    fn next_control<const N: usize>(&mut self, now: Time, head: &mut ArrayVec<u8, N>) -> bool {
         while let Some(control) = self.pop_control() {
             let (transfer, body) = match control {
                 Control::Done(id) => match self.receiving.done(id) {
@@ -121,12 +168,11 @@ impl Connection {
                 Control::ProbeAck(token) => (NO_TRANSFER, Body::ProbeAck(ProbeAck { token })),
             };
             let number = self.sent.next_number();
-            let transmit = self.encode(now, number, transfer, &body);
-            self.sent
-                .push(now, transmit.head.len() as u32, Content::Control(control));
-            return Some(transmit);
+            let len = self.write(now, number, transfer, &body, head);
+            self.sent.push(now, len, Content::Control(control));
+            return true;
         }
-        None
+        false
     }
 
     fn pop_control(&mut self) -> Option<Control> {
@@ -136,12 +182,13 @@ impl Connection {
         self.controls.pop_front()
     }
 
-    /// The header of the next data packet, and what follows it.
-    fn next_data(
+    /// Writes the header of the next data packet; returns what follows it.
+    fn next_data<const N: usize>(
         &mut self,
         now: Time,
-        mut crc: impl FnMut(Segment) -> u32,
-    ) -> Option<([u8; HEADER_LEN], Option<Segment>)> {
+        head: &mut ArrayVec<u8, N>,
+        crc: &mut impl FnMut(Segment) -> u32,
+    ) -> Option<Segment> {
         let next = self.sending.next(self.config.segment_max())?;
         let segment = next.segment;
         let payload_crc = if segment.len == 0 { 0 } else { crc(segment) };
@@ -165,11 +212,18 @@ impl Connection {
             .push(now, HEADER_LEN as u32 + segment.len, content);
         self.stats.packets_sent += 1;
         self.stats.bytes_sent += u64::from(segment.len);
-        let payload = (segment.len > 0).then_some(segment);
-        Some((header.encode(payload_crc), payload))
+        append(head, &header.encode(payload_crc));
+        Some(segment)
     }
 
-    fn next_offer(&mut self, now: Time, crc: &mut impl FnMut(Segment) -> u32) -> Option<Transmit> {
+    /// Writes the next offer up to its tensor; returns what follows, none if nothing
+    /// does. None if there was none after all.
+    fn next_offer<const N: usize>(
+        &mut self,
+        now: Time,
+        head: &mut ArrayVec<u8, N>,
+        crc: &mut impl FnMut(Segment) -> u32,
+    ) -> Option<Option<Segment>> {
         let next = self.offering.next()?;
         let (number, transfer) = (next.number, TransferId::of_offer(next.number));
         let segment = Segment {
@@ -218,21 +272,26 @@ impl Connection {
         self.sent.push(now, len, Content::Offer(number));
         self.stats.packets_sent += 1;
         self.stats.bytes_sent += u64::from(tensor_len);
-        let mut head = ArrayVec::new();
-        for part in [&header.encode(wire::crc(&bytes))[..], &bytes] {
-            head.try_extend_from_slice(part)
-                .expect("a header and an offer's beginning fit a head");
-        }
-        Some(Transmit { head, payload })
+        append(head, &header.encode(wire::crc(&bytes)));
+        append(head, &bytes);
+        Some(payload)
     }
 
-    /// A packet that nobody acknowledges.
-    fn bare(&mut self, now: Time, body: Body) -> Transmit {
+    /// Writes a packet that nobody acknowledges.
+    fn write_bare<const N: usize>(&mut self, now: Time, body: &Body, head: &mut ArrayVec<u8, N>) {
         let number = self.sent.skip();
-        self.encode(now, number, NO_TRANSFER, &body)
+        self.write(now, number, NO_TRANSFER, body, head);
     }
 
-    fn encode(&mut self, now: Time, number: u64, transfer: TransferId, body: &Body) -> Transmit {
+    /// Writes a control packet; returns its length.
+    fn write<const N: usize>(
+        &mut self,
+        now: Time,
+        number: u64,
+        transfer: TransferId,
+        body: &Body,
+        head: &mut ArrayVec<u8, N>,
+    ) -> u32 {
         let payload = body.encode();
         let header = Header {
             kind: body.kind(),
@@ -246,15 +305,9 @@ impl Connection {
             offset: 0,
         };
         self.stats.packets_sent += 1;
-        let mut head = ArrayVec::new();
-        head.try_extend_from_slice(&header.encode(wire::crc(&payload)))
-            .expect("a header fits a head");
-        head.try_extend_from_slice(&payload)
-            .expect("a control payload fits after a header");
-        Transmit {
-            head,
-            payload: None,
-        }
+        append(head, &header.encode(wire::crc(&payload)));
+        append(head, &payload);
+        (HEADER_LEN + payload.len()) as u32
     }
 
     /// A token for a probe sent now (SplitMix64 over the seed).
@@ -270,4 +323,9 @@ impl Connection {
         self.probes.push((token, now));
         token
     }
+}
+
+fn append<const N: usize>(head: &mut ArrayVec<u8, N>, bytes: &[u8]) {
+    head.try_extend_from_slice(bytes)
+        .expect("room for a header and a control packet's payload");
 }

@@ -121,9 +121,13 @@ impl SentPackets {
             self.largest_acked = Some(range.last);
         }
         let mut spurious = 0;
-        let from = self
-            .ring
-            .partition_point(|packet| packet.number < range.first);
+        // Nearly always the oldest is the first of them.
+        let from = match self.ring.front() {
+            Some(front) if front.number >= range.first => 0,
+            _ => self
+                .ring
+                .partition_point(|packet| packet.number < range.first),
+        };
         for packet in self.ring.range_mut(from..) {
             if packet.number > range.last {
                 break;
@@ -148,6 +152,17 @@ impl SentPackets {
         self.ring
             .front()
             .is_some_and(|front| front.number <= range.last)
+    }
+
+    /// Whether anything is in flight below an acknowledged packet; if not, no
+    /// deadline is left either.
+    pub(super) fn may_be_lost(&mut self) -> bool {
+        let front = self.ring.front().map(|front| front.number);
+        let below = front.is_some() && front < self.largest_acked;
+        if !below {
+            self.loss_deadline = None;
+        }
+        below
     }
 
     /// Takes the packets that are lost by now into `lost`.

@@ -34,6 +34,7 @@ impl Connection {
     /// Datagrams that have arrived come first: an engine that slept through the
     /// idle limit would otherwise take its own silence for the peer's.
     pub fn handle_timeout(&mut self, now: Time) {
+        self.take_run();
         if self.state != State::Open {
             return;
         }
@@ -83,6 +84,9 @@ impl Connection {
 
     /// Sends again what is lost by now.
     pub(super) fn detect_lost(&mut self, now: Time) {
+        if !self.sent.may_be_lost() {
+            return;
+        }
         let mut lost = std::mem::take(&mut self.lost);
         self.sent.detect_lost(now, self.rtt.loss_delay(), &mut lost);
         if let Some((last, _)) = lost.last() {

@@ -339,3 +339,50 @@ fn credit_and_round_trips_are_told_while_both_ends_offer_all_the_time() {
         assert!((5..200).contains(&end.acks_sent), "{}", end.acks_sent);
     }
 }
+
+/// What an offer acknowledges is acted on after the offer itself was delivered, but
+/// before anything that it decides: nothing that arrived is reported as failed.
+#[test]
+fn what_an_offer_acknowledged_has_arrived_whatever_comes_next() {
+    let ids = [SessionId(1), SessionId(2)];
+    type Step = fn(&mut Connection, TransferId);
+    let steps: [(&str, Step); 4] = [
+        ("closed", |one, _| one.close(0)),
+        ("cancelled", |one, id| one.cancel(id, true)),
+        ("timed", |one, _| one.handle_timeout(Time(60_000))),
+        ("turned", |one, _| {
+            while one.poll_transmit(Time(60_000), |_| 0).is_some() {}
+        }),
+    ];
+    for (what, step) in steps {
+        let end = |own: usize| Connection::new(config(64), ids[own], ids[1 - own], Time(0));
+        let mut ends = [end(0), end(1)];
+        ends.iter_mut().for_each(|end| end.probe(Time(0)));
+        let carry = |ends: &mut [Connection; 2], from: usize, now: u64| {
+            while let Some(transmit) = ends[from].poll_transmit(Time(now), |_| 0) {
+                let len = transmit.head.len();
+                ends[1 - from].handle_datagram(Time(now), &transmit.head, len, |_| 0);
+            }
+        };
+        for now in (0..40_000).step_by(5_000) {
+            (0..2).for_each(|from| carry(&mut ends, from, now));
+            ends.iter_mut()
+                .for_each(|end| end.handle_timeout(Time(now)));
+        }
+        ends.iter_mut()
+            .for_each(|end| while end.poll_event().is_some() {});
+        let there = ends[0].offer(0, Metadata::new()).expect("granted");
+        carry(&mut ends, 0, 50_000);
+        ends[1].offer(0, Metadata::new()).expect("granted");
+        carry(&mut ends, 1, 51_000);
+        let first = ends[0].poll_event();
+        assert!(matches!(first, Some(Event::Offered { .. })), "{what}");
+        assert_eq!(ends[0].poll_event(), None, "{what}: not yet");
+        step(&mut ends[0], there);
+        let next = ends[0].poll_event();
+        assert!(
+            matches!(next, Some(Event::Sent { transfer, .. }) if transfer == there),
+            "{what}: {next:?}"
+        );
+    }
+}

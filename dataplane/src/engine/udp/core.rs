@@ -279,12 +279,14 @@ impl Core {
         self.frames.clear();
         self.sent = 0;
         self.starved = false;
-        let answers = self.answers.len().min(ANSWERS_BURST);
-        let heads = self.answers.drain(..answers);
-        self.frames.extend(heads.map(|head| TxFrame {
-            head,
-            payload: None,
-        }));
+        if !self.answers.is_empty() {
+            let answers = self.answers.len().min(ANSWERS_BURST);
+            let heads = self.answers.drain(..answers);
+            self.frames.extend(heads.map(|head| TxFrame {
+                head,
+                payload: None,
+            }));
+        }
         let count = self.sessions.len();
         if count == 0 {
             return;
@@ -316,6 +318,9 @@ impl Core {
                     let frame = self.frames.last_mut().expect("pushed just now");
                     if !session.poll_transmit(now, slots.as_deref_mut(), frame) {
                         self.frames.pop();
+                        break;
+                    }
+                    if !session.may_transmit(now) {
                         break;
                     }
                 }

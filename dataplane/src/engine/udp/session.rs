@@ -18,6 +18,7 @@ use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
+use foldhash::fast::RandomState;
 use genie_proto::credit::Visit;
 use genie_proto::seal::TAG_LEN;
 use genie_proto::{Connection, DropCause, Integrity, SessionId, Time, TransferId, connection};
@@ -60,8 +61,9 @@ pub(super) struct Session {
     peer: SocketAddr,
     flow: Option<Flow>,
     state: State,
-    incoming: HashMap<TransferId, Incoming>,
-    outgoing: HashMap<TransferId, Outgoing>,
+    /// Looked up for every packet.
+    incoming: HashMap<TransferId, Incoming, RandomState>,
+    outgoing: HashMap<TransferId, Outgoing, RandomState>,
     /// Small tensors under way to the peer, and the slots for those from it.
     offering: Sending,
     offered: Option<Placed>,
@@ -161,8 +163,8 @@ impl Session {
                 began: now,
                 ask_next: now,
             },
-            incoming: HashMap::new(),
-            outgoing: HashMap::new(),
+            incoming: HashMap::default(),
+            outgoing: HashMap::default(),
             reader: None,
             detaching: Vec::new(),
             busy: None,

@@ -24,7 +24,8 @@ pub(super) struct Detaching {
 }
 
 impl Session {
-    /// Turns what the protocol reports into completions.
+    /// Turns what the protocol reports into completions; returns whether it had
+    /// anything to report.
     pub(in crate::engine::udp) fn take_events(
         &mut self,
         now: Time,
@@ -32,12 +33,14 @@ impl Session {
         totals: &mut Totals,
         completions: &mut VecDeque<Completion>,
         offers: &mut VecDeque<Offer>,
-    ) {
+    ) -> bool {
         let copying = Copying {
             sealed: self.is_sealed(),
             ..copying
         };
+        let mut any = false;
         while let Some(event) = self.connection.poll_event() {
+            any = true;
             match event {
                 Event::Received {
                     transfer,
@@ -126,6 +129,7 @@ impl Session {
             }
         }
         self.check_opening(now, completions);
+        any
     }
 
     fn received(

@@ -158,6 +158,11 @@ impl Session {
         }
     }
 
+    /// Whether [`Session::poll_transmit`] may have something to send.
+    pub(in crate::engine::udp) fn may_transmit(&self, now: Time) -> bool {
+        self.connection.may_transmit(now)
+    }
+
     /// Writes the next frame to send into an empty one, if there is something to
     /// send; `slots` has a free one where packets are sealed.
     pub(in crate::engine::udp) fn poll_transmit(
@@ -205,22 +210,20 @@ impl Session {
                 .map(|(_, slots)| slots.load(from, start, len));
             integrity.checksum(|| loaded.unwrap_or_else(|| from.crc32c(start..start + len)))
         };
-        let Some(transmit) = connection.poll_transmit(now, crc) else {
+        flow.begin_headers(&mut frame.head);
+        let begin = frame.head.len();
+        let Some(segment) = connection.poll_transmit_into(now, &mut frame.head, crc) else {
             if let State::Ended { told, .. } = &mut self.state {
                 *told = true;
             }
             return false;
         };
         frame.payload = payload;
-        let payload_len = transmit.payload.map_or(0, |segment| segment.len as usize);
+        let payload_len = segment.map_or(0, |segment| segment.len as usize);
         let tag = if sealing.is_some() { TAG_LEN } else { 0 };
-        flow.write_headers(&mut frame.head, transmit.head.len() + payload_len + tag);
-        let begin = frame.head.len();
-        frame
-            .head
-            .try_extend_from_slice(&transmit.head)
-            .expect("HEAD_MAX has room for both");
-        if let Some(segment) = transmit.payload
+        let len = frame.head.len() - begin + payload_len + tag;
+        flow.finish_headers(&mut frame.head, len);
+        if let Some(segment) = segment
             && let Some(number) = segment.transfer.offer_number()
         {
             *copied_bytes += offering.fill(number, frame);
