@@ -233,6 +233,44 @@ fn pieces_outlive_their_session_but_not_their_deadline() {
 }
 
 #[test]
+fn pieces_of_a_session_that_is_gone_are_not_its_successors() {
+    let mut ends = open(2 * FRAMES, &config(FRAMES, Duration::from_secs(60)));
+    let bytes = random_bytes(&mut fastrand::Rng::with_seed(9), 1 << 18);
+    ask(&mut ends, 1, region(&bytes));
+    let mut held = Vec::new();
+    while held.is_empty() {
+        a_turn(&mut ends);
+        held.extend(std::iter::from_fn(|| ends.engines[1].poll_piece()));
+    }
+    for (end, session) in SESSIONS.into_iter().enumerate() {
+        ends.ask(end, Command::Close { session });
+    }
+    // Each has lost its transfer, and then there is nothing left of it.
+    ends.drive("both ends have answered", |ends| {
+        ends.answers.iter().all(|answers| !answers.is_empty())
+    });
+    let closed = Instant::now();
+    ends.drive("both sessions are gone", |_| {
+        closed.elapsed() > Duration::from_millis(200)
+    });
+    ends.answers.iter_mut().for_each(Vec::clear);
+    // The same names again.
+    ends.open_both(None);
+    ask(&mut ends, 1, region(&bytes));
+    for piece in held {
+        assert!(ends.engines[1].piece(&piece).is_some());
+        ends.engines[1].release_piece(piece);
+    }
+    let mut read_bytes = vec![0; bytes.len()];
+    let results = receive(&mut ends, |ends, piece| {
+        read(ends, &piece, &mut read_bytes);
+        ends.engines[1].release_piece(piece);
+    });
+    assert!(results.iter().all(Result::is_ok), "{results:?}");
+    assert!(read_bytes == bytes);
+}
+
+#[test]
 fn what_cannot_be_read_in_place_is_refused_with_its_reason() {
     let forever = Duration::from_secs(60);
     let ask = |ends: &mut Ends<PairDevice>, session, id| {

@@ -8,7 +8,7 @@ use std::time::Instant;
 use genie_proto::{Credit, SessionId, Time, wire};
 
 use super::offer::Offer;
-use super::piece::Pieces;
+use super::piece::{Pieces, Returned};
 use super::session::{self, Keeping, Session};
 use super::slots::{Slots, SlotsError};
 use super::{Config, Remote};
@@ -352,6 +352,11 @@ impl Core {
         });
     }
 
+    /// The session whose reader had a frame, while there is one.
+    pub(super) fn reader_of(&mut self, returned: Returned) -> Option<&mut Session> {
+        self.sessions.get_mut(&returned.session?)
+    }
+
     /// Gives the receive ring out anew among those who send.
     pub(super) fn balance(&mut self, now: Time) {
         let sessions = &mut self.sessions;
@@ -368,9 +373,10 @@ impl Core {
             sessions,
             link,
             totals,
+            pieces,
             ..
         } = self;
-        sessions.retain(|_, session| {
+        sessions.retain(|id, session| {
             let keep = !session.is_finished(now);
             if !keep {
                 totals.copied_bytes += session.copied_bytes();
@@ -378,6 +384,9 @@ impl Core {
                 totals.sealed = totals.sealed.plus(last.sealed.unwrap_or_default());
                 totals.resent = totals.resent.plus(last.resent.unwrap_or_default());
                 link.forget(session.peer());
+                if let Some(pieces) = pieces {
+                    pieces.forget_session(*id);
+                }
             }
             keep
         });

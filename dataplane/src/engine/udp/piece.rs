@@ -118,7 +118,8 @@ pub(super) struct Pieces {
 #[derive(Clone, Copy, Debug)]
 struct Kept {
     number: u64,
-    session: SessionId,
+    /// None once that session is gone: another may have its name.
+    session: Option<SessionId>,
     transfer: TransferId,
     until: Time,
 }
@@ -127,7 +128,7 @@ struct Kept {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Returned {
     pub(super) frame: FrameId,
-    pub(super) session: SessionId,
+    pub(super) session: Option<SessionId>,
     pub(super) transfer: TransferId,
 }
 
@@ -157,7 +158,7 @@ impl Pieces {
         self.due.get_or_insert(until);
         self.kept[frame.0 as usize] = Some(Kept {
             number: self.numbers,
-            session,
+            session: Some(session),
             transfer: segment.transfer,
             until,
         });
@@ -168,6 +169,13 @@ impl Pieces {
             begin,
             number: self.numbers,
         });
+    }
+
+    /// A session is gone; its frames stay with their readers.
+    pub(super) fn forget_session(&mut self, session: SessionId) {
+        for kept in self.kept.iter_mut().flatten() {
+            kept.session.take_if(|one| *one == session);
+        }
     }
 
     /// The next piece that arrived and was not taken back since.

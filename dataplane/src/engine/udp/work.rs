@@ -192,7 +192,7 @@ impl<D: Device> Polled<D> {
     fn give_back(&mut self, returned: Returned) {
         self.core.quiet = false;
         self.device.give_back(returned.frame);
-        if let Some(session) = self.core.sessions.get_mut(&returned.session) {
+        if let Some(session) = self.core.reader_of(returned) {
             session.frame_given_back();
         }
     }
@@ -202,7 +202,7 @@ impl<D: Device> Polled<D> {
         let limit = self.core.config.in_place.deadline;
         let expire = |core: &mut Core| core.pieces.as_mut()?.expire(now);
         while let Some(returned) = expire(&mut self.core) {
-            if let Some(session) = self.core.sessions.get_mut(&returned.session) {
+            if let Some(session) = self.core.reader_of(returned) {
                 session.frame_unread(returned.transfer, limit);
             }
             self.give_back(returned);
