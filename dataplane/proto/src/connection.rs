@@ -316,8 +316,8 @@ impl Connection {
     }
 
     /// Changes how many packets the peer may have in flight toward us; it learns
-    /// of it with the next ACK. Zero stops it; a share at least twice as large is
-    /// told at once.
+    /// of it with the next ACK. Zero stops it; a share at least twice as large, or
+    /// at most half as large, is told at once.
     pub fn set_receive_credit(&mut self, packets: u32) {
         let before = self.told_credit();
         self.config.receive_credit = packets;
@@ -340,8 +340,9 @@ impl Connection {
     fn tell_credit(&mut self, before: u32) {
         let packets = self.told_credit();
         if packets != before {
+            let much_more = packets > 0 && packets / 2 >= before;
             self.received
-                .credit_changed(packets > 0 && packets / 2 >= before);
+                .credit_changed(much_more || packets <= before / 2);
         }
     }
 

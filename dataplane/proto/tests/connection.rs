@@ -617,11 +617,32 @@ fn without_credit_a_sender_probes_and_goes_on_when_it_returns() {
     script.connection.send(ID, 64).unwrap();
     assert_eq!(script.transmit(), None);
     script.now = script.connection.poll_timeout().unwrap();
+    assert!(script.now <= Time(0) + Duration::from_millis(20), "soon");
     script.connection.handle_timeout(script.now);
     assert_eq!(script.transmit().unwrap().0.kind, Kind::Probe);
     assert_eq!(script.transmit(), None);
     script.control(ID, &ack(0, 0));
     assert_eq!(script.transmit().unwrap().0.kind, Kind::Data);
+}
+
+#[test]
+fn credit_is_for_data_and_what_is_said_of_it_goes_without() {
+    let config = Config {
+        remote_credit: 0,
+        ..Config::default()
+    };
+    let mut script = Script::new();
+    script.connection = Connection::new(config, LOCAL, SessionId(1), Time(0));
+    script.connection.receive(ID, 64).unwrap();
+    script.data(ID, 0, &[1; 64], true);
+    assert_eq!(script.transmit().unwrap().0.kind, Kind::Done);
+    // Not without end: these are in flight like any other.
+    for token in 0..9 {
+        script.control(ID, &Body::Probe(Probe { token }));
+    }
+    let answers = std::iter::from_fn(|| script.transmit());
+    let answers = answers.filter(|(header, _)| header.kind == Kind::ProbeAck);
+    assert_eq!(answers.count(), 1);
 }
 
 #[test]

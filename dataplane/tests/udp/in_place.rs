@@ -232,6 +232,34 @@ fn pieces_outlive_their_session_but_not_their_deadline() {
     }
 }
 
+/// The sender's verdict is no data: it comes although no frame is left for any.
+#[test]
+fn a_reader_may_hold_every_frame_until_its_tensor_is_whole() {
+    let mut ends = open(FRAMES, &config(FRAMES, Duration::from_secs(60)));
+    let mut random = fastrand::Rng::with_seed(10);
+    let mut longest = 0;
+    ask(&mut ends, 1, region(&random_bytes(&mut random, 1 << 16)));
+    let results = receive(&mut ends, |ends, piece| {
+        longest = longest.max(piece.len() as usize);
+        ends.engines[1].release_piece(piece);
+    });
+    assert!(results.iter().all(Result::is_ok), "{results:?}");
+    for generation in 2..5 {
+        let bytes = random_bytes(&mut random, usize::from(FRAMES) * longest);
+        ask(&mut ends, generation, region(&bytes));
+        let mut held = Vec::new();
+        let results = receive(&mut ends, |_, piece| held.push(piece));
+        assert!(results.iter().all(Result::is_ok), "{results:?}");
+        assert_eq!(held.len(), usize::from(FRAMES));
+        let mut read_bytes = vec![0; bytes.len()];
+        for piece in held {
+            read(&ends, &piece, &mut read_bytes);
+            ends.engines[1].release_piece(piece);
+        }
+        assert!(read_bytes == bytes);
+    }
+}
+
 #[test]
 fn pieces_of_a_session_that_is_gone_are_not_its_successors() {
     let mut ends = open(2 * FRAMES, &config(FRAMES, Duration::from_secs(60)));

@@ -18,6 +18,10 @@ const NO_TRANSFER: TransferId = TransferId {
     generation: 0,
 };
 
+/// Control packets that may be in flight whatever the peer's credit, for nobody
+/// keeps their frames: a verdict that waited for a reader would come too late.
+const CONTROL_CREDIT: u32 = 2;
+
 impl Connection {
     /// The next datagram to send now, if there is one: see
     /// [`Connection::poll_transmit_into`].
@@ -116,15 +120,18 @@ impl Connection {
             self.write_bare(now, &Body::Ack(ack), head);
             return Some(None);
         }
+        // A peer whose reader has all frames has room for what nobody reads.
+        if self.may_send_control() && self.next_control(now, head) {
+            self.extra = self.extra.saturating_sub(1);
+            return Some(None);
+        }
         if !self.may_send() {
             // Credit is no reason for the window to grow.
             let full = self.sent.in_flight_bytes() >= self.controller.window_bytes();
             self.limited |= full && self.has_data();
             return None;
         }
-        let payload = if self.next_control(now, head) {
-            None
-        } else if self.offering.has_next() {
+        let payload = if self.offering.has_next() {
             self.next_offer(now, head, crc)?
         } else {
             Some(self.next_data(now, head, crc)?)
@@ -138,9 +145,17 @@ impl Connection {
     }
 
     fn may_send(&self) -> bool {
+        self.has_window(self.credit)
+    }
+
+    fn may_send_control(&self) -> bool {
+        self.has_window(self.credit.max(CONTROL_CREDIT))
+    }
+
+    fn has_window(&self, credit: u32) -> bool {
         self.extra > 0
             || (self.sent.in_flight_bytes() < self.controller.window_bytes()
-                && self.sent.in_flight() < u64::from(self.credit))
+                && self.sent.in_flight() < u64::from(credit))
     }
 
     /// Writes the next control message; false if there is none.

@@ -10,6 +10,10 @@ use crate::time::Time;
 /// Packets sent again at a probe timeout (RFC 9002 section 6.2.4).
 const PROBE_PACKETS: u32 = 2;
 
+/// How long a sender that has nothing in flight and no room at its peer waits for
+/// news before it asks.
+const ROOM_PROBE: Duration = Duration::from_millis(20);
+
 impl Connection {
     /// When [`Connection::handle_timeout`] wants to be called, at the latest;
     /// a time that has passed means now.
@@ -179,6 +183,8 @@ impl Connection {
             return None;
         }
         match self.alive {
+            // The ACK that tells of room may be lost, and is not repeated.
+            Some(at) if self.has_data() => Some(at + self.keepalive().min(ROOM_PROBE)),
             Some(at) => Some(at + self.keepalive()),
             None => Some(self.heard? + self.config.idle_probe?),
         }

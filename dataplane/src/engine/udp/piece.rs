@@ -21,8 +21,8 @@ pub struct InPlace {
     /// default. All sessions that read together have no more than the device can
     /// spare ([`Device::keepable`](crate::device::Device::keepable)).
     pub frames: u16,
-    /// How long the reader may have one. After that it is taken back, and its
-    /// transfer fails.
+    /// How long after its arrival the reader may have one. Then it is taken back,
+    /// and its transfer fails; one that was over already stays what it is.
     pub deadline: Duration,
 }
 
@@ -57,7 +57,8 @@ pub enum InPlaceRefused {
     Transfer(#[from] TransferError),
 }
 
-/// Some bytes of a tensor in a received frame, verified. Its frame is kept until
+/// Some bytes of a tensor in a received frame, verified unless the session has
+/// [`Integrity::None`](genie_proto::Integrity::None). Its frame is kept until
 /// the piece is given to [`Polled::release_piece`](super::Polled::release_piece),
 /// or its deadline is over.
 #[derive(Debug, PartialEq, Eq)]
@@ -138,7 +139,8 @@ impl Pieces {
         Self {
             kept: vec![None; keepable as usize],
             ready: VecDeque::with_capacity(keepable as usize),
-            numbers: 0,
+            // Another engine's piece is none of ours.
+            numbers: fastrand::u64(..1 << 62),
             deadline,
             due: None,
         }
@@ -176,6 +178,12 @@ impl Pieces {
         for kept in self.kept.iter_mut().flatten() {
             kept.session.take_if(|one| *one == session);
         }
+    }
+
+    /// Frames kept for readers whose session is gone.
+    pub(super) fn orphans(&self) -> u32 {
+        let kept = self.kept.iter().flatten();
+        kept.filter(|kept| kept.session.is_none()).count() as u32
     }
 
     /// The next piece that arrived and was not taken back since.

@@ -6,7 +6,7 @@ use genie_proto::{OfferError, SessionId, Time, TransferId};
 use super::Polled;
 use super::core::Core;
 use super::offer::{Offer, OfferRefused};
-use super::piece::{InPlaceRefused, Piece, Returned};
+use super::piece::{InPlaceRefused, Piece, Pieces, Returned};
 use super::publish::first_credit;
 use super::session::{self, Session};
 use crate::device::Device;
@@ -146,8 +146,13 @@ impl<D: Device> Polled<D> {
     /// copy is made at this end. Answered by [`Completion::Transferred`] like any
     /// other transfer, by when all its pieces are there to be polled.
     ///
+    /// They come in any order, and a missing one only while a frame is free: a
+    /// reader that keeps all its frames until a certain piece comes may wait for
+    /// its deadline. Frames stay set aside for the session as long as such a transfer
+    /// is under way; whoever shares a device among peers limits that time.
+    ///
     /// Each piece was verified before it is shown, and again with all others
-    /// when the transfer ends. Where somebody else can write into the device's
+    /// when the transfer ends, unless the session has `Integrity::None`. Where somebody else can write into the device's
     /// buffers (the process behind a vhost-user or memif socket) what was
     /// verified can change while it is read; copies do not have that.
     pub fn receive_in_place(
@@ -160,7 +165,8 @@ impl<D: Device> Polled<D> {
         let Self { device, core } = self;
         let wanted = u32::from(core.config.in_place.frames);
         let taken: u32 = core.sessions.values().map(Session::frames_to_read).sum();
-        let left = device.keepable().saturating_sub(taken);
+        let orphans = core.pieces.as_ref().map_or(0, Pieces::orphans);
+        let left = device.keepable().saturating_sub(taken + orphans);
         let session = core.sessions.get_mut(&session);
         let session = session.ok_or(InPlaceRefused::NotOpen)?;
         core.quiet = false;
