@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use genie_client::protocol::Failure;
 use genie_client::{Client, ClientError, Dtype, FailureKind, Memory, PeerLimit, TensorInfo};
 use genie_controlplane::message::{Message, Request};
+use genie_dataplane::memory::accelerator::MemoryKind;
 use genie_tests::liar::{Good, Liar};
 use genie_tests::model::{self, Tensor};
 use genie_tests::{Agent, GENEROUS, eventually};
@@ -27,11 +28,15 @@ fn info(name: String, bytes: u64) -> TensorInfo {
 
 /// Begins a put of `count` tensors of `bytes` each, of which nothing ever comes.
 fn begin_put(liar: &mut Liar, id: u64, count: u64, bytes: u64) {
+    begin_put_into(liar, id, count, bytes, MemoryKind::Host);
+}
+
+fn begin_put_into(liar: &mut Liar, id: u64, count: u64, bytes: u64, memory: MemoryKind) {
     let request = Request::Put {
         prefix: format!("greedy/{id}"),
         count,
         metadata: None,
-        memory: Default::default(),
+        memory,
         key: None,
     };
     liar.say(&Message::Begin { id, request });
@@ -247,6 +252,43 @@ fn peers_that_stop_in_the_middle_leave_room_for_others() {
             .sum();
         (held == 0).then_some(())
     });
+}
+
+/// Slots of a device are few: a peer's requests, however many, have half of them.
+#[test]
+fn a_peer_whose_requests_stop_leaves_slots_of_a_device_to_others() {
+    const REQUESTS: u64 = 40;
+    let folder = tempfile::tempdir().unwrap();
+    let flags = [&PATIENT[..], &["--accelerator=sim"]].concat();
+    let b = Agent::start(folder.path(), "b", &flags);
+    let a = Agent::start(folder.path(), "a", &[&flags[..], &[&b.as_peer()]].concat());
+    let mut liar = Liar::connect(&b, "liar");
+    for id in 0..REQUESTS {
+        begin_put_into(&mut liar, id, 1, 100, MemoryKind::Sim);
+    }
+    for number in 0..8 {
+        assert_eq!(granted(&mut liar), Ok(1), "{number}");
+    }
+    eventually("all have begun", || {
+        (usage(&b, "liar")["transfers"] == REQUESTS).then_some(())
+    });
+    let file = folder.path().join("model.safetensors");
+    let back = folder.path().join("back.safetensors");
+    let tensors: Vec<Tensor> = (0..40)
+        .map(|i| Tensor::bytes(&format!("t.{i}"), 1000 + i))
+        .collect();
+    model::write(&file, &tensors, &[]);
+    let text = |path: &Path| path.to_str().expect("UTF-8").to_owned();
+    a.json(&["put", "--memory=sim", &text(&file), "b:model"]);
+    a.json(&["get", "b:model", &text(&back)]);
+    assert_eq!(model::read(&back), model::read(&file));
+    // Those that wait go on as slots become free: what they hold is given back.
+    drop(liar);
+    eventually("everything is given back", || {
+        let has = usage(&b, "liar");
+        (has["memory_bytes"] == 0 && has["transfers"] == 0).then_some(())
+    });
+    a.json(&["put", "--memory=sim", &text(&file), "b:again"]);
 }
 
 #[test]

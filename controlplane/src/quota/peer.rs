@@ -11,12 +11,18 @@ use std::time::Instant;
 
 use genie_client::PeerLimit;
 use genie_client::status::{PeerRefused, PeerUsage};
+use genie_dataplane::memory::accelerator::Way;
+use tokio::sync::Semaphore;
 
 use crate::units::show_bytes;
 
 /// Peers of which refusals are counted one by one; those of later ones are
 /// counted as `other`'s.
 const PEERS_MAX: usize = 1024;
+
+/// Requests of one peer that have a first transfer in staging slots: as many as
+/// half the slots of a device, each way.
+const STAGING_MAX: usize = 8;
 
 /// What one peer may have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -50,6 +56,8 @@ pub struct Account {
     peer: String,
     limits: PeerLimits,
     has: Mutex<Has>,
+    /// Requests that may be in staging slots, by the way these go.
+    staging: [Arc<Semaphore>; 2],
     peers: std::sync::Weak<Inner>,
 }
 
@@ -201,6 +209,7 @@ impl Account {
                 tokens: limits.rate as f64,
                 filled: now,
             }),
+            staging: [(); 2].map(|()| Arc::new(Semaphore::new(STAGING_MAX))),
             peers: Arc::downgrade(peers),
         }
     }
@@ -307,6 +316,16 @@ impl Share {
         lock(&self.account.has).transfers < most
     }
 
+    /// What lets one more request of this peer into staging slots that go this
+    /// way: others of it may be in half of them, however many it has.
+    pub fn staging(&self, way: Way) -> Arc<Semaphore> {
+        let [outgoing, incoming] = &self.account.staging;
+        Arc::clone(match way {
+            Way::ToHost => outgoing,
+            Way::ToDevice => incoming,
+        })
+    }
+
     /// Charges as many as there are now, and one where there are none.
     pub fn set(&mut self, transfers: usize) {
         let now = (transfers as u64).max(1);
@@ -407,6 +426,19 @@ mod tests {
         assert!(others.iter().all(|other| !other.may_add(1000)));
         let refused = account.share().unwrap_err();
         assert_eq!(refused.limit(), (PeerLimit::Transfers, 8));
+        let staged = |way| {
+            batch
+                .staging(way)
+                .try_acquire_many_owned(STAGING_MAX as u32)
+        };
+        let half = staged(Way::ToDevice).unwrap();
+        assert!(others[0].staging(Way::ToDevice).try_acquire().is_err());
+        assert!(others[0].staging(Way::ToHost).try_acquire().is_ok());
+        drop(half);
+        assert_eq!(
+            2 * STAGING_MAX,
+            genie_dataplane::stage::Config::default().slots
+        );
         batch.set(0);
         drop(others);
         assert!(batch.may_add(1000) && !batch.may_add(1));

@@ -2,8 +2,11 @@
 
 use std::collections::VecDeque;
 use std::ops::{Deref, DerefMut};
+use std::sync::Arc;
 
-use genie_dataplane::stage::Moving;
+use genie_dataplane::memory::accelerator::Way;
+use genie_dataplane::stage::{Moving, Place};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::Progress;
 use crate::quota::peer::Share;
@@ -16,6 +19,8 @@ pub(super) struct Pending {
     progress: Progress,
     /// What the peer that asked may move of it.
     share: Option<Share>,
+    /// Held once it is in staging slots.
+    staging: Option<OwnedSemaphorePermit>,
 }
 
 impl Pending {
@@ -24,6 +29,7 @@ impl Pending {
             moving: VecDeque::new(),
             progress: progress.clone(),
             share,
+            staging: None,
         }
     }
 
@@ -32,6 +38,19 @@ impl Pending {
     pub(super) fn may_add(&self, free: usize) -> bool {
         let shared = |share: &Share| share.may_add(free);
         self.moving.is_empty() || self.moving.len() < free && self.share.as_ref().is_none_or(shared)
+    }
+
+    /// What has to be acquired, and given to [`Pending::hold`], before a transfer
+    /// of this place begins: where it goes through a slot and none of a peer's
+    /// request did yet, its part of them, or many requests would have them all.
+    pub(super) fn staging(&self, place: &Place, way: Way) -> Option<Arc<Semaphore>> {
+        let share = self.share.as_ref().filter(|_| self.staging.is_none())?;
+        matches!(place, Place::Device(..)).then(|| share.staging(way))
+    }
+
+    /// Keeps what [`Pending::staging`] asked for.
+    pub(super) fn hold(&mut self, staging: Option<OwnedSemaphorePermit>) {
+        self.staging = staging.or(self.staging.take());
     }
 
     pub(super) fn push_back(&mut self, one: (usize, Moving)) {
@@ -50,6 +69,12 @@ impl Pending {
             share.set(self.moving.len());
         }
     }
+}
+
+/// Acquires what [`Pending::staging`] asks for.
+pub(super) async fn acquire(staging: Option<Arc<Semaphore>>) -> Option<OwnedSemaphorePermit> {
+    let permit = staging?.acquire_owned().await;
+    Some(permit.expect("the semaphore is never closed"))
 }
 
 impl Deref for Pending {
@@ -71,7 +96,8 @@ impl Drop for Pending {
         if self.moving.is_empty() {
             return;
         }
-        let (moving, share) = (std::mem::take(&mut self.moving), self.share.take());
+        let moving = std::mem::take(&mut self.moving);
+        let charged = (self.share.take(), self.staging.take());
         let landing = self.progress.landing();
         moving.iter().for_each(|(_, transfer)| transfer.cancel());
         // Without a runtime the agent is ending, and the engine with it.
@@ -82,7 +108,7 @@ impl Drop for Pending {
             for (_, transfer) in moving {
                 transfer.end().await;
             }
-            drop((landing, share));
+            drop((landing, charged));
         });
     }
 }

@@ -7,11 +7,12 @@ use std::pin::pin;
 use genie_dataplane::TransferId;
 use genie_dataplane::engine::{Full, Interrupted, Partial, Receipt};
 use genie_dataplane::memory::Lease;
+use genie_dataplane::memory::accelerator::Way;
 use genie_dataplane::stage::{Moving, Place, StageError};
 use genie_proto::Incoming;
 use tokio::time::sleep;
 
-use super::super::pending::Pending;
+use super::super::pending::{Pending, acquire};
 use super::{
     Patience, Progress, Tally, Track, TransferError, cut, ended, explained, front, interrupted,
 };
@@ -228,6 +229,12 @@ impl Receiving<'_> {
             if !self.pending.may_add(lease.free_to_receive(&path.endpoint)) {
                 break;
             }
+            if let Some(staging) = self.pending.staging(&lease, Way::ToDevice) {
+                let Ok(permit) = staging.try_acquire_owned() else {
+                    break;
+                };
+                self.pending.hold(Some(permit));
+            }
             match lease.try_receive(&path.endpoint, path.session) {
                 Ok(Ok((id, transfer))) => {
                     self.begun(transfer);
@@ -282,6 +289,9 @@ impl Receiving<'_> {
             ..
         } = self;
         let path = track.path.clone();
+        let staging = leases
+            .get(*next)
+            .and_then(|lease| pending.staging(lease, Way::ToDevice));
         tokio::select! {
             biased;
             message = call.recv() => {
@@ -310,15 +320,20 @@ impl Receiving<'_> {
                 }
             }
             // Others use the endpoint up: wait until it takes one of ours.
-            begun = async {
-                leases[*next].clone().receive(&path.endpoint, path.session).await
-            }, if waits_for_endpoint => match begun {
-                Ok((id, transfer)) => {
-                    self.begun(transfer);
-                    self.say_granted(vec![id]).await
+            (permit, begun) = async {
+                let permit = acquire(staging).await;
+                let lease = leases[*next].clone();
+                (permit, lease.receive(&path.endpoint, path.session).await)
+            }, if waits_for_endpoint => {
+                self.pending.hold(permit);
+                match begun {
+                    Ok((id, transfer)) => {
+                        self.begun(transfer);
+                        self.say_granted(vec![id]).await
+                    }
+                    Err(reason) => self.lose(reason),
                 }
-                Err(reason) => self.lose(reason),
-            },
+            }
             // Without any of ours pending it is not the peer that we wait for.
             () = sleep(patience.limit()), if !waits_for_endpoint => {
                 Err(self.patience.stalled(self.call.session()))

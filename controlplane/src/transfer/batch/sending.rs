@@ -5,11 +5,12 @@ use std::ops::Range;
 
 use genie_dataplane::TransferId;
 use genie_dataplane::engine::{Cost, FailReason, Interrupted, Partial, Receipt};
+use genie_dataplane::memory::accelerator::Way;
 use genie_dataplane::stage::{Moving, Place, StageError};
 use genie_proto::Outgoing;
 use tokio::time::{sleep, timeout};
 
-use super::super::pending::Pending;
+use super::super::pending::{Pending, acquire};
 use super::{
     Patience, Progress, Tally, Track, TransferError, cut, ended, explained, front, interrupted,
 };
@@ -235,17 +236,22 @@ impl Sending<'_> {
             ..
         } = self;
         let path = track.path.clone();
+        let staging = ready
+            .front()
+            .and_then(|grant| pending.staging(&leases[grant.index], Way::ToHost));
         tokio::select! {
             biased;
             message = call.recv() => self.handle(message?).await,
             () = track.changed() => Ok(()),
-            begun = async {
+            (permit, begun) = async {
+                let permit = acquire(staging).await;
                 let grant = &ready[0];
                 let lease = leases[grant.index].clone();
-                lease.send(&path.endpoint, path.session, grant.transfer).await
+                (permit, lease.send(&path.endpoint, path.session, grant.transfer).await)
             }, if ready.front().is_some_and(|grant| {
                 pending.may_add(leases[grant.index].free_to_send(&path.endpoint))
             }) => {
+                self.pending.hold(permit);
                 let grant = self.ready.pop_front().expect("it was just begun");
                 match begun {
                     Ok(transfer) => {
