@@ -29,6 +29,7 @@ use tracing_subscriber::fmt::writer::BoxMakeWriter;
 
 use ca::CaCommand;
 use doctor::DoctorArgs;
+use end::Unfinished;
 use hugepages::{HugepagesCommand, HugepagesError};
 
 use crate::agent::{self, AgentError};
@@ -285,10 +286,10 @@ fn run(command: Command, json: bool) -> Result<(), CommandError> {
             patience,
             agent,
         } => {
+            let _unfinished = Unfinished::until(patience.deadline)?;
             let client = &mut agent.connect()?;
             client.set_patience(patience.deadline, patience.retry)?;
-            let deadline = patience.deadline;
-            let report = move_file::put(client, &file, &to, pages.memory, deadline, json)?;
+            let report = move_file::put(client, &file, &to, pages.memory, json)?;
             print(json, &report, || show::moved("put", &report))
         }
         Command::Get {
@@ -298,10 +299,10 @@ fn run(command: Command, json: bool) -> Result<(), CommandError> {
             patience,
             agent,
         } => {
+            let unfinished = &Unfinished::until(patience.deadline)?;
             let client = &mut agent.connect()?;
             client.set_patience(patience.deadline, patience.retry)?;
-            let deadline = patience.deadline;
-            let report = move_file::get(client, &from, &file, pages.memory, deadline, json)?;
+            let report = move_file::get(client, &from, &file, pages.memory, unfinished, json)?;
             print(json, &report, || show::moved("got", &report))
         }
         Command::Ls { node, agent } => {

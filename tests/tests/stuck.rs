@@ -76,6 +76,27 @@ fn pipes_are_refused_and_not_waited_for() {
 }
 
 #[test]
+fn a_deadline_counts_from_before_the_agent_answers() {
+    let folder = tempfile::tempdir().unwrap();
+    let a = Agent::start(folder.path(), "a", &[]);
+    let file = small_file(folder.path());
+    let back = folder.path().join("back.safetensors");
+    a.json(&["put", text(&file), "m"]);
+    a.signal(Signal::STOP);
+    for command in [["put", text(&file), "n"], ["get", "m", text(&back)]] {
+        let began = Instant::now();
+        let ended = a.spawn(&[&command[..], &[LIMIT]].concat()).wait(GENEROUS);
+        assert!(
+            !ended.status.success() && ended.stderr.contains("given up"),
+            "{ended:?}"
+        );
+        println!("{}: {:?}", command[0], began.elapsed());
+    }
+    a.signal(Signal::CONT);
+    a.json(&["get", "m", text(&back)]);
+}
+
+#[test]
 fn a_stopped_program_holds_up_nobody_and_goes_on() {
     let folder = tempfile::tempdir().unwrap();
     let (a, b) = pair(folder.path());

@@ -418,6 +418,11 @@ impl BenchArgs {
                     .into(),
             ));
         }
+        if self.op.contains(&Op::InPlace) && !self.data_security.contains(&DataSecurity::Plain) {
+            return Err(BenchError::Usage(
+                "--op in-place: packets that are sealed are copied to be opened".into(),
+            ));
+        }
         if self.transport.contains(&Kind::Mem) && !self.place.in_process {
             return Err(BenchError::Usage(
                 "--transport mem needs --in-process".into(),
@@ -572,6 +577,10 @@ mod tests {
             ("--spawn --threads 0", "0 is not in 1..=64"),
             ("--spawn --transport mem", "--in-process"),
             ("--spawn --rate 0", "above 0"),
+            (
+                "--spawn --op in-place --data-security aead",
+                "copied to be opened",
+            ),
             (
                 "--spawn --transport shm --data-security aead",
                 "between engines",

@@ -183,7 +183,8 @@ impl<'a> Bench<'a> {
             // The other end may be on this host, and is no child of this process.
             self.report.environment.busy_others = None;
         }
-        if self.report.rows.is_empty() && !self.plan.rows.is_empty() {
+        let planned = self.plan.rows.len() + self.plan.polled.len();
+        if self.report.rows.is_empty() && planned > 0 {
             let missing = self.report.not_measured.first();
             let reason = missing.map_or("nothing to measure with", |one| &one.reason);
             let row = Row {

@@ -11,6 +11,8 @@ use std::time::Duration;
 
 use tokio::signal::unix::{SignalKind, signal};
 
+use super::CommandError;
+
 /// The agent gives a request up at its deadline, and knows more about why.
 const GRACE: Duration = Duration::from_secs(1);
 
@@ -72,19 +74,22 @@ impl Unfinished {
         })
     }
 
-    /// Ends the command when it takes longer than `limit`, and the agent did not
-    /// end it: its file or the agent itself does not answer.
-    pub(super) fn end_after(&self, limit: Option<Duration>) -> std::io::Result<()> {
-        let Some(limit) = limit else {
-            return Ok(());
-        };
-        let unfinished = self.clone();
-        spawn("genie-deadline", move || {
-            std::thread::sleep(limit.saturating_add(GRACE));
-            unfinished.give_up(&format!(
-                "not done within {limit:?}: given up, whatever the file or the agent is waiting for"
-            ))
-        })
+    /// None so far. The command ends when it takes longer than `limit`, and the
+    /// agent did not end it: its file or the agent itself does not answer.
+    pub(super) fn until(limit: Option<Duration>) -> Result<Self, CommandError> {
+        let unfinished = Self::default();
+        if let Some(limit) = limit {
+            let unfinished = unfinished.clone();
+            let give_up = move || {
+                std::thread::sleep(limit.saturating_add(GRACE));
+                unfinished.give_up(&format!(
+                    "not done within {limit:?}: given up, whatever the file or the agent is \
+                     waiting for"
+                ))
+            };
+            spawn("genie-deadline", give_up).map_err(CommandError::Watch)?;
+        }
+        Ok(unfinished)
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::io::IsTerminal;
 use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use genie_client::{Client, Memory, Moved};
 use indicatif::{ProgressBar, ProgressStyle};
@@ -32,12 +32,8 @@ pub(super) fn put(
     file: &Path,
     to: &Target,
     memory: Memory,
-    deadline: Option<Duration>,
     json: bool,
 ) -> Result<Report, CommandError> {
-    Unfinished::default()
-        .end_after(deadline)
-        .map_err(CommandError::Watch)?;
     let model = ModelFile::open(file)?;
     let header = &model.header;
     check_batch(&to.name, &header.tensors, header.metadata.as_ref()).map_err(|source| {
@@ -85,17 +81,13 @@ pub(super) fn get(
     from: &Target,
     file: &Path,
     memory: Memory,
-    deadline: Option<Duration>,
+    unfinished: &Unfinished,
     json: bool,
 ) -> Result<Report, CommandError> {
-    let unfinished = Unfinished::default();
     unfinished.end_on_signals().map_err(CommandError::Watch)?;
-    unfinished
-        .end_after(deadline)
-        .map_err(CommandError::Watch)?;
     // The kernel gives signals to the first thread, so that one waits for no disk.
     std::thread::scope(|scope| {
-        let get = || get_file(client, from, file, memory, json, &unfinished);
+        let get = || get_file(client, from, file, memory, json, unfinished);
         let got = scope.spawn(get).join();
         got.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
     })

@@ -79,7 +79,8 @@ impl Bench<'_> {
     fn measure_tcp(&mut self) -> Result<(), BenchError> {
         let mut other = self.connect()?;
         let mut rows: Vec<PlannedRow> = Vec::new();
-        for row in &self.plan.rows {
+        let read = self.plan.polled.iter().filter(|row| row.op == Op::InPlace);
+        for row in self.plan.rows.iter().chain(read) {
             // Beside what moves one way, whoever asked for it, is a bare send.
             let op = match row.op {
                 Op::Pingpong => Op::Pingpong,

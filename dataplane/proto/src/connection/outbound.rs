@@ -120,18 +120,19 @@ impl Connection {
             self.write_bare(now, &Body::Ack(ack), head);
             return Some(None);
         }
-        // A peer whose reader has all frames has room for what nobody reads.
-        if self.may_send_control() && self.next_control(now, head) {
-            self.extra = self.extra.saturating_sub(1);
-            return Some(None);
-        }
         if !self.may_send() {
+            // A peer whose reader has all frames has room for what nobody reads.
+            if self.has_window(CONTROL_CREDIT) && self.next_control(now, head) {
+                return Some(None);
+            }
             // Credit is no reason for the window to grow.
             let full = self.sent.in_flight_bytes() >= self.controller.window_bytes();
             self.limited |= full && self.has_data();
             return None;
         }
-        let payload = if self.offering.has_next() {
+        let payload = if self.next_control(now, head) {
+            None
+        } else if self.offering.has_next() {
             self.next_offer(now, head, crc)?
         } else {
             Some(self.next_data(now, head, crc)?)
@@ -146,10 +147,6 @@ impl Connection {
 
     fn may_send(&self) -> bool {
         self.has_window(self.credit)
-    }
-
-    fn may_send_control(&self) -> bool {
-        self.has_window(self.credit.max(CONTROL_CREDIT))
     }
 
     fn has_window(&self, credit: u32) -> bool {
