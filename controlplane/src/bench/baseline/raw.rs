@@ -276,7 +276,7 @@ pub fn send(
         frame.head = [0xff; HEAD_BYTES].into_iter().collect();
         frame.head[PLACE].copy_from_slice(&(next as u32).to_le_bytes());
         if work.what == Use::CopyCrc {
-            let crc = lease.crc32c(next..next + len);
+            let crc = lease.stream_crc32c(next..next + len);
             frame.head[CRC].copy_from_slice(&crc.to_le_bytes());
         }
         frame.payload = Some(Payload {

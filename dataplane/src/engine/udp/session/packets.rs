@@ -208,7 +208,7 @@ impl Session {
             let loaded = sealing
                 .as_mut()
                 .map(|(_, slots)| slots.load(from, start, len));
-            integrity.checksum(|| loaded.unwrap_or_else(|| from.crc32c(start..start + len)))
+            integrity.checksum(|| loaded.unwrap_or_else(|| from.stream_crc32c(start..start + len)))
         };
         flow.begin_headers(&mut frame.head);
         let begin = frame.head.len();
