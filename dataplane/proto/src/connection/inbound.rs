@@ -298,7 +298,7 @@ impl Connection {
     fn take_acked(&mut self, now: Time, waited: Option<(u64, Duration)>) {
         let limited = std::mem::take(&mut self.limited);
         let (mut latest, mut bytes) = (None::<(u64, Time)>, 0);
-        for packet in self.acked.drain(..) {
+        for packet in &self.acked {
             bytes += u64::from(packet.bytes);
             if latest.is_none_or(|(number, _)| number < packet.number) {
                 latest = Some((packet.number, packet.at));
@@ -313,6 +313,7 @@ impl Connection {
                 }
             }
         }
+        self.acked.clear();
         if let Some((number, sent_at)) = latest {
             if let Some((largest, delay)) = waited
                 && number == largest
